@@ -1,0 +1,60 @@
+# Every target makes .venv and installs what it needs on first use. `make run` and `make test` are all a newcomer needs.
+# Asking the interpreter, not the shell: a shim may be there without its Python.
+WHERE := -c "import sys; print(sys.executable)" 2>/dev/null
+PYTHON ?= $(shell python3.11 $(WHERE) || python3.12 $(WHERE) || python3.13 $(WHERE) || echo python3)
+# On Linux x86-64 this may bring CUDA (about 3 GB); the README says how to point pip at a CPU build.
+TORCH ?= torch==2.13.0
+# JetPack 6 has Python 3.10: what runs on a board is tested there too, without torch, where there is one.
+PYTHON310 ?= $(shell python3.10 $(WHERE) || ls $(HOME)/.pyenv/versions/3.10.*/bin/python 2>/dev/null | tail -n 1)
+
+BIN := .venv/bin
+READY := .venv/.ready
+READY310 := .venv310/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: run test check test-310 bench demo-model clean
+
+run: $(READY)  ## eight node processes, a real MoE, top-k against WLR
+	$(BIN)/testbed run configs/local.toml
+
+test: check test-310  ## everything that must hold
+	$(BIN)/python -m pytest -q
+
+check: $(READY)  ## style, types, who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## speed, as ratios within one run
+	$(BIN)/python benchmarks/codec.py
+	$(BIN)/python benchmarks/policies.py
+	$(BIN)/python benchmarks/recording.py
+	$(BIN)/python benchmarks/layer_round.py
+
+demo-model: $(READY)  ## train the demo model anew (about 1.5 hours)
+	$(BIN)/python -m testbed.demo.train --out demo-model
+
+clean:
+	rm -rf .venv .venv310
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'the base station needs Python 3.11 or later: make PYTHON=...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bs,dev]"
+	$(BIN)/python -c "import testbed.wire.quantization"  # compiles the codec, once
+	touch $@
+
+ifeq ($(PYTHON310),)
+test-310:
+	@echo "skipped: no Python 3.10 here; set PYTHON310 to test what a JetPack 6 board runs"
+else
+test-310: $(READY310)
+	.venv310/bin/python -m pytest -q tests/unit -m "not torch"
+
+$(READY310): pyproject.toml constraints.txt
+	$(PYTHON310) -m venv .venv310
+	.venv310/bin/python -m pip install --quiet --constraint constraints.txt --editable . hypothesis pytest pytest-timeout
+	touch $@
+endif

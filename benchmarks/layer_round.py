@@ -1,0 +1,271 @@
+"""What one expert round costs beside what it cannot do without: eight nodes on loopback, int8 rows of 4096 values.
+
+Three ways are measured in turns in one run, with encryption off and on:
+
+    wire    the same bytes there and back on the same sockets, no arithmetic at all
+    codec   the same with quantise, gather, dequantise and combine at both ends on kept buffers, and nothing else
+    round   ours: select, group, quantise, send, check, dequantise, (echo), quantise, reply, check, combine, record
+
+The experts echo their rows, so that no FFN hides the cost. Ratios count: the machine's speed cancels.
+The last line is one JSON document.
+
+    python benchmarks/layer_round.py --rounds 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import zmq
+
+from testbed.wire.keys import enrolled_nodes, make_run_keys, read_pair, read_public
+from testbed.wire.quantization import SCHEMES, Buffers, accumulate, pack, quantise, unpack
+from testbed.wire.sockets import AllowList, NodeSocket, StationSocket
+
+DEVICES, EXPERTS, TOP_K, WIDTH = 8, 8, 2, 4096
+NAMES = [f"node-{i}" for i in range(DEVICES)]
+INT8 = SCHEMES["int8"]
+HEADER = bytes(80)
+WARM_UP_ROUNDS = 30
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def node_socket(port: int, name: str, keys: Path | None) -> NodeSocket:
+    endpoint = f"tcp://127.0.0.1:{port}"
+    if keys is None:
+        return NodeSocket(endpoint, None, None)
+    return NodeSocket(endpoint, read_pair(keys / name, name), read_public(keys / name / "bs.pub"))
+
+
+def wire_node(port: int, name: str, keys: Path | None) -> None:
+    """Echo messages until a single frame comes."""
+    sockets = node_socket(port, name, keys)
+    sockets.socket.send(name.encode())
+    while len(frames := sockets.socket.recv_multipart(copy=False)) > 1:
+        sockets.socket.send_multipart(frames, copy=False)
+    sockets.close()
+
+
+def codec_node(port: int, name: str, keys: Path | None) -> None:
+    """Dequantise, quantise, send back, until a single frame comes."""
+    sockets, buffers = node_socket(port, name, keys), Buffers()
+    rows_RD, payload = np.empty((0, WIDTH), np.float32), bytearray()
+    sockets.socket.send(name.encode())
+    while len(frames := sockets.socket.recv_multipart(copy=False)) > 1:
+        rows = len(frames[1].buffer) // INT8.row_bytes(WIDTH)
+        if len(rows_RD) != rows:
+            rows_RD, payload = np.empty((rows, WIDTH), np.float32), bytearray(INT8.payload_bytes(rows, WIDTH))
+        unpack(frames[1].buffer, rows, WIDTH, INT8, rows_RD)
+        pack(quantise(rows_RD, INT8, buffers), np.arange(rows), memoryview(payload))
+        sockets.socket.send_multipart([HEADER, payload])
+    sockets.close()
+
+
+class EchoExperts:
+    """Experts that give back what they get: everything of a node but the FFN."""
+
+    backend = "echo"
+
+    def check(self, layer: int, segments: Sequence[Sequence[int]], rows: int, width: int) -> None:
+        if sum(n for _, n in segments) != rows or width != WIDTH:
+            raise ValueError(f"layer {layer}: {rows} rows of {width} were not asked for")
+
+    def compute(self, layer: int, segments: Sequence[Sequence[int]], x_RD: Any, out_RD: Any) -> None:
+        out_RD[:] = x_RD
+
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
+
+def round_node(port: int, name: str, keys: Path | None) -> None:
+    """A real node around experts that echo."""
+    from jetson_node.link import Link
+    from jetson_node.telemetry import Telemetry
+    from jetson_node.worker import Worker
+    from testbed.wire.messages import PROTOCOL_VERSION, Hello
+
+    hello = Hello(PROTOCOL_VERSION, name, 1, manifest_sha256(), [1], None)
+    link = Link(lambda: node_socket(port, name, keys), hello, 60.0)
+    Worker(link, EchoExperts(), figures=Telemetry().figures, stop=lambda: False).run()
+    link.close()
+
+
+def manifest() -> Any:
+    from testbed.checkpoint.ffn import FfnSpec
+    from testbed.checkpoint.manifest import BS_NAME, FileEntry, Layer, Manifest, shard_name
+
+    empty = FileEntry(sha256="0" * 64, bytes=0)
+    layer = Layer(index=0, path="echo", experts=EXPERTS, top_k=TOP_K, spec=FfnSpec(width=WIDTH, inner=1))
+    return Manifest(
+        model_name="echo", model_type="echo", model_hash="0" * 64, source_hash="0" * 64, dtype="float32",
+        devices=tuple(NAMES), layers=(layer,), placement=(tuple((name,) for name in NAMES),),
+        files={BS_NAME: empty, **{shard_name(name): empty for name in NAMES}},
+    )  # fmt: skip
+
+
+def manifest_sha256() -> str:
+    from testbed.checkpoint.manifest import manifest_hash
+
+    return manifest_hash(manifest())
+
+
+def routing(tokens: int) -> tuple[Any, Any, Any]:
+    """Every expert gets the same number of rows: hidden_TD, expert_TK, weight_TK."""
+    rng = np.random.default_rng(0)
+    token_T = np.arange(tokens)
+    hidden_TD = rng.standard_normal((tokens, WIDTH), dtype=np.float32)
+    expert_TK = np.stack([token_T % EXPERTS, (token_T + EXPERTS // 2) % EXPERTS], axis=1)
+    return hidden_TD, expert_TK, rng.dirichlet((1.0, 1.0), tokens).astype(np.float32)
+
+
+def open_station(stack: ExitStack, keys: Path | None, target: Callable[..., None]) -> StationSocket:
+    if keys is None:
+        sockets = StationSocket("127.0.0.1", 0, None, None)
+    else:
+        sockets = StationSocket("127.0.0.1", 0, read_pair(keys / "bs", "bs"), AllowList(enrolled_nodes(keys / "bs")))
+    stack.callback(sockets.close)
+    for name in NAMES:
+        process = CONTEXT.Process(target=target, args=(sockets.port, name, keys), daemon=True)
+        process.start()
+        stack.callback(process.kill)
+    return sockets
+
+
+def routing_ids(sockets: StationSocket) -> list[bytes]:
+    ids: dict[bytes, bytes] = {}
+    while len(ids) < DEVICES:
+        routing_id, name = sockets.socket.recv_multipart()
+        ids[name] = routing_id
+    return [ids[name.encode()] for name in NAMES]
+
+
+def wire_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
+    sockets = open_station(stack, keys, wire_node)
+    ids = routing_ids(sockets)
+
+    def one(rows: int) -> None:
+        payload = bytes(INT8.payload_bytes(rows, WIDTH))
+        for routing_id in ids:
+            sockets.socket.send_multipart([routing_id, HEADER, payload], copy=False)
+        for _ in ids:
+            sockets.socket.recv_multipart(copy=False)
+
+    return one
+
+
+def codec_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
+    sockets = open_station(stack, keys, codec_node)
+    ids, buffers = routing_ids(sockets), Buffers()
+    prepared: dict[int, Any] = {}
+
+    def one(rows: int) -> None:
+        if rows not in prepared:
+            hidden_TD, expert_TK, weight_TK = routing(rows * DEVICES // TOP_K)
+            places = [np.nonzero(expert_TK == expert) for expert in range(EXPERTS)]
+            prepared[rows] = (
+                hidden_TD, [np.ascontiguousarray(t) for t, _ in places], [np.ascontiguousarray(weight_TK[t, k]) for t, k in places],
+                bytearray(INT8.payload_bytes(rows, WIDTH)), np.empty((rows, WIDTH), np.float32), np.empty_like(hidden_TD),
+            )  # fmt: skip
+        hidden_TD, tokens_of, weights_of, payload, reply_RD, out_TD = prepared[rows]
+        quantised = quantise(hidden_TD, INT8, buffers)
+        for device, routing_id in enumerate(ids):
+            pack(quantised, tokens_of[device], memoryview(payload))
+            sockets.socket.send_multipart([routing_id, HEADER, payload])
+        out_TD[:] = 0
+        for _ in ids:
+            frames = sockets.socket.recv_multipart(copy=False)
+            device = ids.index(frames[0].bytes)
+            unpack(frames[2].buffer, rows, WIDTH, INT8, reply_RD)
+            accumulate(reply_RD, weights_of[device], tokens_of[device], out_TD)
+
+    return one
+
+
+def our_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
+    import torch
+
+    from bs_node.dispatcher import WirelessDispatcher, WireSettings
+    from bs_node.registry import Registry
+    from bs_node.remote_experts import RemoteLayer, remote_experts
+    from bs_node.session import Session
+    from bs_node.station import Station
+    from testbed.latency.running_mean import RunningMean
+    from testbed.policies.wlr import WLR
+    from testbed.runlog.recorder import Recorder
+
+    torch.set_num_threads(1)
+    sockets = open_station(stack, keys, round_node)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    recorder = stack.enter_context(Recorder(folder, "bench", NAMES, top_k=TOP_K, experts=0, segment_rows=1_000_000))
+    registry = Registry(manifest(), 5_000_000_000)
+    enrolled = None if keys is None else enrolled_nodes(keys / "bs")
+    station = Station(
+        sockets, registry, run=1, enrolled=enrolled, heartbeat_ns=500_000_000, credit_bytes=2**18,
+        on_event=recorder.event,
+    )  # fmt: skip
+    dispatcher = WirelessDispatcher(station, WireSettings("int8", "int8", 65536, 2**20, 30.0), DEVICES)
+    session = Session(WLR(0.0), dispatcher, RunningMean(DEVICES), registry.nodes, recorder=recorder)
+    module = SimpleNamespace(remote=RemoteLayer(0, manifest().holds_NE(0), None, session))
+    station.wait_for_all(60.0, lambda: None)
+    prepared: dict[int, Any] = {}
+
+    def one(rows: int) -> None:
+        if rows not in prepared:
+            prepared[rows] = [torch.from_numpy(part) for part in routing(rows * DEVICES // TOP_K)]
+        remote_experts(module, *prepared[rows])  # type: ignore[arg-type] # it only carries `remote`
+
+    return one
+
+
+def measure(keys: Path | None, rows_list: Sequence[int], rounds: int) -> dict[int, dict[str, float]]:
+    """Median seconds of each way and row count, the ways taking turns."""
+    with ExitStack() as stack:
+        ways = {"wire": wire_round(stack, keys), "codec": codec_round(stack, keys), "round": our_round(stack, keys)}
+        medians: dict[int, dict[str, float]] = {}
+        for rows in rows_list:
+            taken: dict[str, list[float]] = {way: [] for way in ways}
+            for turn in range(WARM_UP_ROUNDS + rounds):
+                for way, one in ways.items():
+                    started = time.perf_counter()
+                    one(rows)
+                    if turn >= WARM_UP_ROUNDS:
+                        taken[way].append(time.perf_counter() - started)
+            medians[rows] = {way: statistics.median(seconds) for way, seconds in taken.items()}
+        return medians
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=300, help="measured rounds of each kind (default 300)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128], help="rows per node")
+    args = parser.parse_args()
+    document: dict[str, Any] = {"width": WIDTH, "devices": DEVICES, "scheme": "int8"}
+    with tempfile.TemporaryDirectory() as folder:
+        make_run_keys(Path(folder), NAMES)
+        for suffix, keys in (("", None), ("_curve", Path(folder))):
+            medians = measure(keys, args.rows, args.rounds)
+            print(f"\nencryption {'on (CURVE)' if keys else 'off'}: median ms of a round, eight nodes")
+            print("rows per node      wire     codec     round   round/codec   round/wire")
+            for rows, m in medians.items():
+                ms = [f"{m[way] * 1e3:9.3f}" for way in ("wire", "codec", "round")]
+                print(f"{rows:13d} {' '.join(ms)} {m['round'] / m['codec']:13.2f} {m['round'] / m['wire']:12.2f}")
+            for floor in ("codec", "wire"):
+                ratios = {str(rows): round(m["round"] / m[floor], 3) for rows, m in medians.items()}
+                document[f"ratio_to_{floor}_floor{suffix}"] = ratios
+            document[f"round_s{suffix}"] = {str(rows): m["round"] for rows, m in medians.items()}
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a policy's decision costs per round: `python benchmarks/policies.py`.
+
+Prints a table of medians; the last line of stdout is one JSON document, in microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from testbed.latency.running_mean import DECODE, RunningMean
+from testbed.policies import WLR, Policy, Routing, State, TopK
+
+GOALS_US = {"wlr_4_tokens_us": 60, "wlr_512_tokens_us": 400, "running_mean_state_us": 10}
+
+
+def random_round(tokens: int, k: int, experts: int, devices: int) -> tuple[Routing, State]:
+    rng = np.random.default_rng(7)
+    logit_TE = rng.normal(size=(tokens, experts)).astype(np.float32) * 2
+    expert_TK = np.argsort(-logit_TE, axis=1)[:, :k]
+    weight_TK = np.exp(np.take_along_axis(logit_TE, expert_TK, axis=1))
+    weight_TK /= weight_TK.sum(axis=1, keepdims=True)
+    holds_NE = np.arange(devices)[:, None] == np.arange(experts) % devices
+    token_s_N = rng.uniform(1e-3, 20e-3, devices)
+    nothing_N = np.zeros(devices)
+    state = State(token_s_N, np.ones(devices, bool), nothing_N, nothing_N, nothing_N, token_s_N)
+    return Routing(0, expert_TK, weight_TK, holds_NE), state
+
+
+def median_us(call: Callable[[], object], seconds: float = 0.5) -> float:
+    durations_ns = []
+    end_ns = time.perf_counter_ns() + int(seconds * 1e9)
+    while (begin_ns := time.perf_counter_ns()) < end_ns:
+        call()
+        durations_ns.append(time.perf_counter_ns() - begin_ns)
+    return round(statistics.median(durations_ns) / 1000, 1)
+
+
+def policy_costs() -> dict[str, float]:
+    costs = {}
+    policies: list[Policy] = [TopK(), WLR(0.2)]
+    for policy in policies:
+        for tokens in (4, 512):
+            for k, experts, suffix in ((2, 8, ""), (4, 64, "_k4_e64")):
+                routing, state = random_round(tokens, k, experts, devices=8)
+                costs[f"{policy.name}_{tokens}_tokens{suffix}_us"] = median_us(lambda: policy.select(routing, state))  # noqa: B023
+    return costs
+
+
+def running_mean_costs() -> dict[str, float]:
+    latency = RunningMean(devices=8)
+    available_N = np.ones(8, bool)
+    for device in range(8):
+        latency.teach(device, DECODE, rows=1, seconds=0.01, now_s=0.0)
+    return {
+        "running_mean_state_us": median_us(lambda: latency.state(DECODE, available_N, 1.0)),
+        "running_mean_teach_us": median_us(lambda: latency.teach(3, DECODE, 1, 0.01, 1.0)),
+    }
+
+
+def main() -> None:
+    costs = policy_costs() | running_mean_costs()
+    for name, cost_us in costs.items():
+        goal = f"goal {GOALS_US[name]}" if name in GOALS_US else ""
+        print(f"{name.removesuffix('_us'):28}{cost_us:8.1f} us   {goal}")
+    print(json.dumps(costs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The way of a token through one MoE block, registered with transformers' experts interface.
+
+    gate -> select -> group -> quantise, send -> ... nodes ... -> receive -> combine -> record
+
+T tokens, D hidden size, K experts chosen by the gate per token. The model itself is never patched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import monotonic_ns
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from bs_node.blocks import arrived, combine, group
+from bs_node.gate import Gate
+from bs_node.model import experts_of
+from bs_node.session import RoundTimes, Session
+from testbed.checkpoint.manifest import Manifest
+from testbed.policies.base import Routing
+from testbed.policies.selection import rescale
+
+IMPLEMENTATION = "wdmoe_remote"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteLayer:
+    """What an experts module of the base station carries in place of its weights."""
+
+    index: int
+    holds_NE: NDArray[np.bool_]
+    gate: Gate | None
+    session: Session
+
+
+def remote_experts(
+    module: torch.nn.Module, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+) -> torch.Tensor:
+    """out_TD = sum over k of weight_TK * expert(hidden_TD) (Eq. 1), the experts being elsewhere."""
+    layer: RemoteLayer = module.remote  # type: ignore[assignment] # set by attach()
+    session, times = layer.session, RoundTimes(monotonic_ns())
+
+    routing = gated(layer, expert_TK, weight_TK)
+    state = session.state()
+    selection = session.policy.select(routing, state)
+    times.selected()
+
+    blocks = group(routing.expert_TK, selection.device_TK, layer.holds_NE.shape[1])
+    times.grouped()
+
+    hidden = hidden_TD.detach().to("cpu", torch.float32).contiguous().numpy()
+    outcomes, exchange_times = session.dispatcher.exchange(session.rounds, layer.index, hidden, blocks)
+    times.exchanged(exchange_times)
+
+    arrived_TK = arrived(outcomes, routing.expert_TK.shape)
+    nothing_lost = all(outcome.output_RD is not None for outcome in outcomes)
+    final_TK = selection.weight_TK if nothing_lost else rescale(routing.weight_TK, arrived_TK)
+    out_TD = np.zeros_like(hidden)
+    combine(outcomes, final_TK, out_TD)
+    times.combined()
+
+    session.finish(routing, state, selection, outcomes, arrived_TK, final_TK, times)
+    return torch.from_numpy(out_TD).to(hidden_TD.device, hidden_TD.dtype)
+
+
+def gated(layer: RemoteLayer, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> Routing:
+    """The gate's answer as plain arrays."""
+    experts = expert_TK.cpu().numpy()
+    weights = weight_TK.detach().to("cpu", torch.float32).numpy()
+    scores = layer.gate.scores(experts, weights) if layer.gate is not None else None
+    return Routing(layer.index, experts, weights, layer.holds_NE, scores)
+
+
+def attach(model: torch.nn.Module, manifest: Manifest, session: Session) -> None:
+    """Give every experts module of the base station's model its layer. Raises CheckpointError for an unknown one."""
+    for path, experts in experts_of(model).items():
+        layer = manifest.layer_at(path)
+        gate = Gate.beside(model, path)
+        experts.remote = RemoteLayer(layer.index, manifest.holds_NE(layer.index), gate, session)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts)

@@ -1,0 +1,143 @@
+"""One expert round at the base station, without sockets or clocks: events in, parts to send out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bs_node.blocks import Block, Outcome
+from testbed.errors import MessageError
+from testbed.runlog.schema import Status
+from testbed.wire.messages import Credit, Rejected, ReplyPart, RequestPart, encode
+from testbed.wire.parts import Assembler, KeptRows, part_count, part_rows
+from testbed.wire.quantization import Quantised, pack
+
+
+class Transfer:
+    """The way of one block to its device and back."""
+
+    def __init__(
+        self, block: Block, quantised: Quantised, request: RequestPart, room: KeptRows, window_bytes: int
+    ) -> None:
+        self.outcome = Outcome(block, Status.LOST)
+        self._quantised, self._request, self._room, self._window_bytes = quantised, request, room, window_bytes
+        self._next_part = self._sent_bytes = self._credited_bytes = 0
+        self._reply: Assembler | None = None
+
+    @property
+    def all_sent(self) -> bool:
+        return self._next_part == self._request.parts
+
+    def next_part(self) -> tuple[bytes, bytearray] | None:
+        """Header and payload of the next part that fits the window; None where there is none.
+
+        With nothing on its way any part fits, so that one above the window cannot stop the block.
+        """
+        request = self._request
+        if self._next_part == request.parts:
+            return None
+        rows = part_rows(request.rows, request.parts, self._next_part)
+        payload_bytes = self._quantised.scheme.payload_bytes(rows.stop - rows.start, request.width)
+        on_its_way_bytes = self._sent_bytes - self._credited_bytes
+        if on_its_way_bytes and on_its_way_bytes + payload_bytes > self._window_bytes:
+            return None
+        payload = bytearray(payload_bytes)
+        pack(self._quantised, self.outcome.block.token_R[rows], memoryview(payload))
+        return encode(request.with_part(self._next_part)), payload
+
+    def part_sent(self, header_bytes: int, payload_bytes: int) -> None:
+        self._next_part += 1
+        self._sent_bytes += payload_bytes
+        self.outcome.bytes_down += header_bytes + payload_bytes
+        self.outcome.parts_down += 1
+
+    def asked_for(self, message: Credit | ReplyPart | Rejected) -> bool:
+        """Whether a message answers this very request, not an earlier one of the same number."""
+        request = self._request
+        if isinstance(message, ReplyPart) and message.run != request.run:
+            return False
+        return (message.round, message.attempt) == (request.round, request.attempt)
+
+    def credited(self, credit: Credit) -> None:
+        if not self._credited_bytes <= credit.received_bytes <= self._sent_bytes:
+            raise MessageError(f"credit for {credit.received_bytes} bytes of {self._sent_bytes} sent")
+        self._credited_bytes = credit.received_bytes
+
+    def reply_part(self, part: ReplyPart, payload: memoryview) -> bool:
+        """Take one part of the reply; True when it is complete. Raises MessageError where it is not as asked."""
+        request = self._request
+        if self._next_part < request.parts:
+            raise MessageError(f"reply after {self._next_part} of {request.parts} parts of the request")
+        if (part.rows, part.width, part.scheme) != (request.rows, request.width, request.reply_scheme):
+            raise MessageError(f"reply of {part.rows} x {part.width} {part.scheme} is not what was asked for")
+        if self._reply is None:
+            self._reply = Assembler(part, self._room)
+        complete = self._reply.add(part, payload)
+        self.outcome.bytes_up = self._reply.payload_bytes
+        self.outcome.parts_up += 1
+        return complete
+
+    def complete(self, part: ReplyPart, now_ns: int) -> None:
+        outcome = self.outcome
+        outcome.status = Status.ANSWERED
+        outcome.output_RD = self._reply.block_RD if self._reply is not None else None
+        outcome.received_ns = now_ns
+        outcome.node_received_ns, outcome.node_sent_ns = part.received_ns, part.sent_ns
+        outcome.node_queue_ns, outcome.node_dequantise_ns = part.queue_ns, part.dequantise_ns
+        outcome.node_compute_ns, outcome.node_padding_ns = part.compute_ns, part.padding_ns
+        outcome.node_quantise_ns = part.quantise_ns
+
+
+class Round:
+    """All transfers of one round. `waiting` are the devices that still owe a reply."""
+
+    def __init__(self, run: int, number: int, transfers: Sequence[Transfer]) -> None:
+        self.run, self.number = run, number
+        self.transfers = {transfer.outcome.block.device: transfer for transfer in transfers}
+        self.waiting = set(self.transfers)
+
+    def take(self, device: int, message: Credit | ReplyPart | Rejected, payload: memoryview, now_ns: int) -> bool:
+        """A message of this round from a device. False where it belongs to another round (late, or never asked).
+
+        Raises MessageError for one that breaks the rules: the device's pairs are then invalid.
+        """
+        if device not in self.waiting or not self.transfers[device].asked_for(message):
+            return False
+        transfer = self.transfers[device]
+        if isinstance(message, Credit):
+            transfer.credited(message)
+        elif isinstance(message, Rejected):
+            self.give_up(device, Status.REJECTED)
+        elif transfer.reply_part(message, payload):
+            transfer.complete(message, now_ns)
+            self.waiting.discard(device)
+        return True
+
+    def give_up(self, device: int, status: Status) -> None:
+        """No reply will be waited for any more."""
+        if device in self.waiting:
+            self.waiting.discard(device)
+            self.transfers[device].outcome.status = status
+
+    def outcomes(self) -> list[Outcome]:
+        return [transfer.outcome for transfer in self.transfers.values()]
+
+
+def make_transfer(
+    block: Block,
+    quantised: Quantised,
+    room: KeptRows,
+    *,
+    run: int,
+    number: int,
+    layer: int,
+    reply_scheme: str,
+    part_bytes: int,
+    window_bytes: int,
+) -> Transfer:
+    """A block on its way: numbered parts of whole rows."""
+    width = quantised.values_TD.shape[1]
+    parts = part_count(block.rows, quantised.scheme.row_bytes(width), part_bytes)
+    request = RequestPart(
+        run, number, 0, layer, 0, parts, block.rows, width, quantised.scheme.name, reply_scheme, block.segments,
+    )  # fmt: skip
+    return Transfer(block, quantised, request, room, window_bytes)

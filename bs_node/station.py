@@ -1,0 +1,197 @@
+"""The base station's post office: one ROUTER socket, its nodes, and the mail between rounds.
+
+It belongs to the thread that runs the model; nobody else touches the socket.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import zmq
+
+from bs_node.registry import Node, Registry
+from testbed.errors import MessageError, NodeError
+from testbed.wire.messages import (
+    Announce,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    HelloAgain,
+    Refuse,
+    Welcome,
+    decode_from_node,
+    encode,
+)
+from testbed.wire.sockets import StationSocket, has_input
+
+BROKEN_MESSAGES_ALLOWED = 8
+EMPTY = memoryview(b"")
+
+EventSink = Callable[..., None]
+
+
+class Mail(NamedTuple):
+    """A message about a round, from a node we know."""
+
+    node: Node
+    message: Any
+    payload: memoryview
+
+
+class Station:
+    """Takes nodes in, notices when they are gone, hands out mail that belongs to rounds.
+
+    `enrolled` maps public keys to device names, None when insecure. `on_event(kind, **facts)` hears of rare events.
+    """
+
+    def __init__(
+        self,
+        sockets: StationSocket,
+        registry: Registry,
+        *,
+        run: int,
+        enrolled: dict[str, str] | None,
+        heartbeat_ns: int,
+        credit_bytes: int,
+        on_event: EventSink,
+    ) -> None:
+        self.registry, self.run = registry, run
+        self._sockets, self._enrolled, self._on_event = sockets, enrolled, on_event
+        self._welcome = encode(Welcome(run, heartbeat_ns, credit_bytes))
+        self.gone: set[int] = set()  # devices lost since a round last asked
+        self.refusals: dict[str, str] = {}  # device -> why it was refused
+
+    def receive(self, timeout_ms: float) -> list[Mail]:
+        """Wait for mail up to the timeout, deal with all but rounds' mail, and return that."""
+        self._sockets.wait(timeout_ms)
+        self._watch_connections()
+        mail = []
+        while (frames := self._receive_frames()) is not None:
+            item = self._open(frames)
+            if item is not None:
+                mail.append(item)
+        if not mail:  # while there is mail, nobody needs to be suspected
+            for node in self.registry.newly_silent(time.monotonic_ns()):
+                self._lose(node, "silent")
+        return mail
+
+    def _receive_frames(self) -> list[zmq.Frame] | None:
+        if not has_input(self._sockets.socket):
+            return None
+        return self._sockets.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+
+    def _open(self, frames: list[zmq.Frame]) -> Mail | None:
+        routing_id = frames[0].bytes
+        node = self.registry.node_at(routing_id)
+        try:
+            message = decode_from_node(frames[1].bytes if len(frames) > 1 else b"")
+        except MessageError as error:
+            self.broken(node, error)
+            return None
+        now = time.monotonic_ns()
+        if isinstance(message, Hello):
+            self._greet(message, frames[0], now)
+        elif node is None:
+            self._post(routing_id, encode(HelloAgain()))
+        else:
+            self._heard(node, now)
+            if isinstance(message, Heartbeat):
+                node.figures = message.figures
+            elif isinstance(message, Announce):
+                node.busy_until_ns = now + message.estimate_ns
+            else:
+                return Mail(node, message, frames[2].buffer if len(frames) > 2 else EMPTY)
+        return None
+
+    def _heard(self, node: Node, now: int) -> None:
+        if node.silent:
+            self._on_event("node_heard_again", device=node.name)
+        self.registry.heard(node, now)
+
+    def _greet(self, hello: Hello, first_frame: zmq.Frame, now: int) -> None:
+        self._watch_connections()  # an ended connection's descriptor may be this one's
+        key = first_frame.get("User-Id") if self._enrolled is not None else None
+        enrolled_as = self._enrolled.get(str(key), "nobody") if self._enrolled is not None else None
+        reason = self.registry.refusal(hello, enrolled_as)
+        if reason is not None:
+            self.refusals[hello.device] = reason
+            self._on_event("node_refused", device=hello.device, reason=reason)
+            self._post(first_frame.bytes, encode(Refuse(reason[:500])))
+            return
+        known = self.registry.node_at(first_frame.bytes)
+        node = self.registry.welcome(hello, first_frame.bytes, int(first_frame.get(zmq.SRCFD)), now)
+        if known is None:
+            self._on_event("node_joined", device=node.name, boot_id=hello.boot_id, joins=node.joins)
+        self._post(first_frame.bytes, self._welcome)
+
+    def broken(self, node: Node | None, error: MessageError) -> None:
+        """A message that breaks the rules: counted, and after a few of them the node is no longer listened to."""
+        self._on_event("broken_message", device=node.name if node else None, reason=str(error))
+        if node is None:
+            return
+        node.broken_messages += 1
+        if node.broken_messages >= BROKEN_MESSAGES_ALLOWED and node.routing_id is not None:
+            self._post(node.routing_id, encode(Refuse(f"{node.broken_messages} broken messages, last: {error}"[:500])))
+            self._lose(self.registry.forget(node), "broken messages")
+
+    def _watch_connections(self) -> None:
+        for event in self._sockets.events():
+            if event.event == zmq.EVENT_DISCONNECTED:
+                node = self.registry.disconnected(event.value)
+                if node is not None:
+                    self._lose(node, "disconnected")
+        for key in self._sockets.take_refused_keys():
+            self._on_event("key_refused", public_key=key)
+
+    def _lose(self, node: Node, how: str) -> None:
+        self.gone.add(node.index)
+        self._on_event("node_lost", device=node.name, how=how)
+
+    def send(self, node: Node, header: bytes, payload: bytearray) -> bool:
+        """Hand a part to the socket: False when its queue is full. A node that is not there is in `gone`."""
+        if node.routing_id is None:
+            self.gone.add(node.index)
+            return False
+        try:
+            self._sockets.socket.send_multipart([node.routing_id, header, payload], zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._lose(self.registry.forget(node), "unreachable")
+            return False
+        return True
+
+    def _post(self, routing_id: bytes, header: bytes) -> None:
+        """A small message; whoever is gone does not get it."""
+        try:
+            self._sockets.socket.send_multipart([routing_id, header], zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+
+    def wait_for_all(self, timeout_s: float, still_possible: Callable[[], None]) -> None:
+        """Until every device has joined. Raises NodeError naming those that did not, or why one was refused.
+
+        `still_possible` is asked meanwhile and raises when waiting has become pointless.
+        """
+        deadline = time.monotonic() + timeout_s
+        while missing := self.registry.missing():
+            self.receive(50)
+            still_possible()
+            for device, reason in self.refusals.items():
+                raise NodeError(f"{device} was refused: {reason}")
+            if time.monotonic() > deadline:
+                raise NodeError(
+                    f"{', '.join(missing)} did not join within {timeout_s:g} s: see their output, or raise "
+                    "[timeouts] join_s"
+                )
+
+    def say_goodbye(self) -> None:
+        """Tell every node that the run is over."""
+        for node in self.registry.nodes:
+            if node.routing_id is not None:
+                self._post(node.routing_id, encode(Goodbye()))

@@ -1,0 +1,138 @@
+"""`python -m jetson_node` (also `testbed node`): one expert node, on a Jetson or on a laptop."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import secrets
+import select
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jetson_node.experts import make_experts
+from jetson_node.link import Link
+from jetson_node.telemetry import Telemetry
+from jetson_node.worker import Worker
+from testbed.checkpoint.manifest import Manifest, load_manifest, manifest_hash
+from testbed.errors import ConfigError, WdmoeError
+from testbed.latency.model import expert_flop_per_row
+from testbed.wire.keys import read_pair, read_public
+from testbed.wire.messages import PROTOCOL_VERSION, Hello
+from testbed.wire.sockets import NodeSocket
+
+EXAMPLES = """examples:
+  testbed node --name jetson-0 --station tcp://10.0.0.1:5555 --shards /var/lib/wdmoe/mixtral --keys /etc/wdmoe/keys
+  testbed node --name laptop --station tcp://127.0.0.1:5555 --shards ./split --keys ./keys --backend numpy
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="testbed node", description="Run the experts of one device for a base station.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("--name", required=True, help="this device's name, as enrolled at the base station")
+    p.add_argument("--station", required=True, help="where the base station listens, e.g. tcp://10.0.0.1:5555")
+    p.add_argument("--shards", required=True, type=Path, help="folder with manifest.json and this device's shard")
+    p.add_argument("--keys", type=Path, help="folder with NAME.key, NAME.pub and bs.pub")
+    p.add_argument("--insecure", action="store_true", help="no encryption and no keys: for measuring their cost only")
+    p.add_argument("--backend", choices=("auto", "torch", "numpy"), default="auto", help="what computes the FFN")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="compute type")
+    p.add_argument("--threads", type=int, default=1, help="threads of the CPU backend (default 1)")
+    p.add_argument("--part-bytes", type=int, default=65536, help="largest part of a reply (default 65536)")
+    p.add_argument("--emulated-flops-per-s", type=float, help="pad compute to a device of this speed (Eq. 4)")
+    p.add_argument("--join-timeout-s", type=float, default=30.0, help="give up when not taken in; 0 waits for ever")
+    p.add_argument("--stop-with-parent", action="store_true", help="end when the process that started this one ends")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a node until the base station says goodbye. Returns the exit code; a mistake is one line on stderr."""
+    args = parser().parse_args(argv)
+    try:
+        _serve(args, _stop_condition(args.stop_with_parent))
+    except WdmoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _serve(args: argparse.Namespace, stop: Callable[[], bool]) -> None:
+    manifest = load_manifest(args.shards)
+    if args.name not in manifest.devices:
+        raise ConfigError(f"--name {args.name}: not a device of {args.shards} (it has {', '.join(manifest.devices)})")
+    make_socket = _socket_maker(args)
+    experts = make_experts(
+        args.shards, manifest, args.name, backend=args.backend, dtype=args.dtype, threads=args.threads
+    )
+    experts.warm_up()
+    telemetry = Telemetry()
+    link = Link(make_socket, _hello(args, manifest), args.join_timeout_s)
+    worker = Worker(
+        link,
+        experts,
+        figures=telemetry.figures,
+        stop=stop,
+        emulated_s_per_row=_emulated_s_per_row(args.emulated_flops_per_s, manifest),
+        part_bytes=args.part_bytes,
+    )
+    try:
+        worker.run()
+    finally:
+        link.close()
+        telemetry.close()
+
+
+def _hello(args: argparse.Namespace, manifest: Manifest) -> Hello:
+    return Hello(
+        protocol=PROTOCOL_VERSION,
+        device=args.name,
+        boot_id=secrets.randbits(62),
+        manifest_sha256=manifest_hash(manifest),
+        experts_held=manifest.held_counts(args.name),
+        emulated_flops_per_s=args.emulated_flops_per_s,
+    )
+
+
+def _socket_maker(args: argparse.Namespace) -> Callable[[], NodeSocket]:
+    if args.insecure:
+        return lambda: NodeSocket(args.station, None, None)
+    if args.keys is None:
+        raise ConfigError("--keys is missing: name the folder with this device's keys, or type --insecure")
+    keys, station_public = read_pair(args.keys, args.name), read_public(args.keys / "bs.pub")
+    return lambda: NodeSocket(args.station, keys, station_public)
+
+
+def _emulated_s_per_row(flops_per_s: float | None, manifest: Manifest) -> float:
+    if flops_per_s is None:
+        return 0.0
+    if not flops_per_s > 0:
+        raise ConfigError(f"--emulated-flops-per-s {flops_per_s}: must be above 0")
+    spec = manifest.layers[0].spec
+    return expert_flop_per_row(spec.width, spec.inner, spec.has_gate) / flops_per_s
+
+
+def _stop_condition(with_parent: bool) -> Callable[[], bool]:
+    """True once SIGTERM came, or the parent is gone."""
+    terminated: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: terminated.append(number))
+    parent_gone = _parent_gone() if with_parent else lambda: False
+    return lambda: bool(terminated) or parent_gone()
+
+
+def _parent_gone() -> Callable[[], bool]:
+    """Whether the process that started this one has ended. A fork server outlives it: it stays for its children."""
+    starter = multiprocessing.parent_process()
+    if starter is not None:
+        return lambda: bool(select.select([starter.sentinel], [], [], 0)[0])
+    parent = os.getppid()
+    return lambda: os.getppid() != parent
+
+
+if __name__ == "__main__":
+    sys.exit(main())

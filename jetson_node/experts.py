@@ -1,0 +1,190 @@
+"""A node's experts: the shard it loads, and the FFN in numpy.
+
+The numpy FFN needs no torch. It is the reference that the tests hold every other one against, and a node's last resort.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+
+from testbed.checkpoint.ffn import FfnSpec, tensor_name
+from testbed.checkpoint.manifest import Manifest, shard_name, verify_file
+from testbed.errors import CheckpointError, MessageError
+
+Float32 = NDArray[np.float32]
+Segments = Sequence[Sequence[int]]  # [expert, rows]
+Backend = Literal["auto", "torch", "numpy"]
+
+
+class Experts(Protocol):
+    """The experts of one device. `segments` lists (expert, rows): the rows of x_RD follow one another in this order,
+    and all rows of an expert are in one segment, because the bits of a product depend on how many rows it has.
+    """
+
+    backend: str
+
+    def check(self, layer: int, segments: Segments, rows: int, width: int) -> None:
+        """Raises MessageError unless every expert is here, comes once, and rows and width are right."""
+
+    def compute(self, layer: int, segments: Segments, x_RD: Float32, out_RD: Float32) -> None:
+        """out_RD = the experts' outputs, row by row, complete on return. Raises MessageError as `check` does."""
+
+    def warm_up(self) -> None:
+        """Computes a row with every expert, so that the first real one pays for nothing but itself."""
+
+
+def make_experts(
+    split_dir: Path,
+    manifest: Manifest,
+    device: str,
+    *,
+    backend: Backend = "auto",
+    dtype: str = "float32",
+    threads: int | None = None,
+) -> Experts:
+    """The experts that the manifest places on `device`, from its shard in `split_dir`, once its sha256 is right.
+
+    backend: "auto" is torch where it is installed (CUDA where there is one), else numpy. dtype: what torch computes in.
+    threads: torch's, where given. Raises CheckpointError for a shard that is missing, damaged or incomplete.
+    """
+    path = verify_file(split_dir, shard_name(device), manifest)
+    if backend == "auto":
+        backend = "torch" if importlib.util.find_spec("torch") else "numpy"
+    if backend == "numpy":
+        return NumpyExperts(path, manifest, device)
+    if not importlib.util.find_spec("torch"):
+        raise CheckpointError("backend torch: torch is not installed here; install it or use backend numpy")
+    from jetson_node.torch_experts import TorchExperts  # noqa: PLC0415 - a node without torch must get this far
+
+    return TorchExperts(path, manifest, device, dtype=dtype, threads=threads)
+
+
+def check_shard(path: Path, specs: Mapping[tuple[int, int], FfnSpec], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError unless a shard has every tensor of its experts in its shape."""
+    for (layer, expert), spec in specs.items():
+        for part, shape in spec.shapes().items():
+            name = tensor_name(layer, expert, part)
+            if found.get(name) != shape:
+                raise CheckpointError(f"{path}: {name} is {found.get(name)} instead of {shape}; split the model again")
+
+
+class HeldExperts(ABC):
+    """What every backend shares: which experts are here, and how a block is cut into them."""
+
+    def __init__(self, manifest: Manifest, device: str) -> None:
+        self._specs = {(layer, expert): manifest.layers[layer].spec for layer, expert in manifest.held_by(device)}
+
+    @abstractmethod
+    def compute(self, layer: int, segments: Segments, x_RD: Float32, out_RD: Float32) -> None: ...
+
+    def check(self, layer: int, segments: Segments, rows: int, width: int) -> None:
+        experts = [expert for expert, _ in segments]
+        if len(set(experts)) != len(experts):
+            raise MessageError(f"layer {layer}: an expert comes in two segments; all its rows belong in one")
+        for expert in experts:
+            if (layer, expert) not in self._specs:
+                raise MessageError(f"layer {layer}: expert {expert} is not on this device")
+            if width != self._specs[layer, expert].width:
+                raise MessageError(f"layer {layer}: rows of {width}, expected {self._specs[layer, expert].width}")
+        if (said := sum(rows for _, rows in segments)) != rows:
+            raise MessageError(f"layer {layer}: segments of {said} rows for a block of {rows}")
+
+    def warm_up(self) -> None:
+        for (layer, expert), spec in self._specs.items():
+            row = np.zeros((1, spec.width), np.float32)
+            self.compute(layer, [(expert, 1)], row, np.empty_like(row))
+
+
+class NumpyExperts(HeldExperts):
+    """The reference: float32, one thread of Python."""
+
+    backend = "numpy"
+
+    def __init__(self, path: Path, manifest: Manifest, device: str) -> None:
+        super().__init__(manifest, device)
+        tensors = read_float32(path)
+        check_shard(path, self._specs, {name: tensor.shape for name, tensor in tensors.items()})
+        self._weights = {
+            key: {part: tensors[tensor_name(*key, part)] for part in spec.shapes()} for key, spec in self._specs.items()
+        }
+
+    def compute(self, layer: int, segments: Segments, x_RD: Float32, out_RD: Float32) -> None:
+        self.check(layer, segments, *x_RD.shape)
+        start = 0
+        for expert, rows in segments:
+            block = slice(start, start + rows)
+            out_RD[block] = ffn_numpy(x_RD[block], self._weights[layer, expert], self._specs[layer, expert])
+            start += rows
+
+
+def read_float32(path: Path) -> dict[str, Float32]:
+    """Every tensor of a safetensors file in float32. bf16, which numpy does not know, is widened by hand."""
+    try:
+        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # its stub has no types
+        return {name: _to_float32(entry["data"], entry["dtype"]).reshape(entry["shape"]) for name, entry in entries}
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}; split the model again") from error
+
+
+def _to_float32(data: bytes, dtype: str) -> Float32:
+    if dtype == "BF16":
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+
+
+def ffn_numpy(x_RD: Float32, weights: Mapping[str, Float32], spec: FfnSpec) -> Float32:
+    """One expert on R rows, as `testbed.checkpoint.ffn` writes it."""
+    inner_RI = x_RD @ weights[spec.first].T
+    if spec.has_bias:
+        inner_RI = inner_RI + weights[f"{spec.first}_bias"]
+    inner_RI = _gated(inner_RI, spec) if spec.has_gate else ACTIVATIONS[spec.act](inner_RI)
+    y_RD: Float32 = inner_RI @ weights["down"].T
+    return y_RD + weights["down_bias"] if spec.has_bias else y_RD
+
+
+def _gated(both: Float32, spec: FfnSpec) -> Float32:
+    gate_RI, up_RI = np.split(both, 2, axis=-1)
+    if spec.limit is not None:
+        gate_RI, up_RI = np.minimum(gate_RI, spec.limit), np.clip(up_RI, -spec.limit, spec.limit)
+    if spec.alpha is not None:
+        up_RI, gate_RI = up_RI + 1, gate_RI * _sigmoid(gate_RI * spec.alpha)
+    else:
+        gate_RI = ACTIVATIONS[spec.act](gate_RI)
+    hidden_RI: Float32 = gate_RI * up_RI
+    return hidden_RI
+
+
+def _sigmoid(x: Float32) -> Float32:
+    tail: Float32 = np.exp(-np.abs(x))  # at most 1: never overflows
+    return np.asarray(np.where(x >= 0, np.float32(1), tail) / (1 + tail), np.float32)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+
+
+def _gelu(x: Float32) -> Float32:
+    erf: Float32 = _erf(x * np.float32(math.sqrt(0.5)))
+    return x * np.float32(0.5) * (1 + erf)
+
+
+def _gelu_tanh(x: Float32) -> Float32:
+    tanh: Float32 = np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3))
+    return x * np.float32(0.5) * (1 + tanh)
+
+
+ACTIVATIONS: dict[str, Callable[[Float32], Float32]] = {
+    "silu": lambda x: x * _sigmoid(x),
+    "gelu": _gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.square(np.maximum(x, 0)),
+}

@@ -1,0 +1,141 @@
+"""The node's connection to its base station: join, be welcomed, notice when it is gone, join again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import zmq
+
+from testbed.errors import MessageError, NodeError, RefusedError
+from testbed.wire.messages import Goodbye, Hello, HelloAgain, Refuse, Welcome, decode_from_base_station, encode
+from testbed.wire.sockets import FAILED_HANDSHAKES, NodeSocket, has_input
+
+HELLO_EVERY_NS = 200_000_000
+RETRY_AFTER_REFUSAL_NS = 1_000_000_000
+POLL_AT_MOST_MS = 100
+MAX_MESSAGES_AT_ONCE = 64
+
+
+class Link:
+    """One DEALER socket and the state of our acquaintance with the base station.
+
+    `make_socket` is called again after a refused handshake: ZeroMQ never retries one by itself.
+    `join_timeout_s` bounds the time without a welcome from the start (NodeError); 0 waits for ever.
+    """
+
+    def __init__(
+        self,
+        make_socket: Callable[[], NodeSocket],
+        hello: Hello,
+        join_timeout_s: float,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._make_socket, self._hello, self._now_ns = make_socket, hello, now_ns
+        self._socket = make_socket()
+        self._welcomed = self._ever_welcomed = False
+        self.over = False
+        self.heartbeat_ns, self.credit_bytes = 500_000_000, 2**18
+        self._deadline_ns = now_ns() + int(join_timeout_s * 1e9) if join_timeout_s > 0 else None
+        self._next_hello_ns = self._next_heartbeat_ns = now_ns()
+        self._reopen_ns: int | None = None
+        self._trouble = "no answer: is it running, and is this its address?"
+
+    def keep(self) -> None:
+        """Look after the connection: events, greeting, joining in time. Raises NodeError when it is too late."""
+        now = self._now_ns()
+        for event in self._socket.events():
+            self._on_event(event.event, now)
+        if self._reopen_ns is not None and now >= self._reopen_ns:
+            self._socket.close(linger_ms=0)
+            self._socket, self._reopen_ns = self._make_socket(), None
+        if self._welcomed:
+            return
+        if self._deadline_ns is not None and not self._ever_welcomed and now > self._deadline_ns:
+            raise NodeError(f"{self._hello.device}: not taken in by the base station in time: {self._trouble}")
+        if now >= self._next_hello_ns and self._reopen_ns is None:
+            self._next_hello_ns = now + HELLO_EVERY_NS
+            self.send(self._hello)
+
+    def _on_event(self, event: int, now: int) -> None:
+        if event == zmq.EVENT_DISCONNECTED:
+            self._welcomed = False
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._next_hello_ns = now
+            self._trouble = "connected, but it does not answer our hello"
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._trouble = f"it does not know our key: put {self._hello.device}.pub into its keys/nodes folder"
+            self._reopen_ns = self._reopen_ns or now + RETRY_AFTER_REFUSAL_NS
+        elif event & FAILED_HANDSHAKES:
+            self._trouble = "the handshake failed: wrong bs.pub here, or one side runs with --insecure"
+
+    def receive(self, timeout_ms: int) -> Iterator[tuple[Any, memoryview]]:
+        """Messages that are there within `timeout_ms`, the connection's own ones dealt with."""
+        if not self._socket.socket.poll(timeout_ms):
+            return
+        for _ in range(MAX_MESSAGES_AT_ONCE):
+            if not has_input(self._socket.socket):
+                return
+            frames = self._socket.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            try:
+                message = decode_from_base_station(frames[0].bytes)
+            except MessageError as error:
+                self._trouble = f"it sends what we cannot read: {error}"
+                continue
+            if not self._own(message):
+                yield message, frames[-1].buffer
+
+    def _own(self, message: Any) -> bool:
+        now = self._now_ns()
+        if isinstance(message, Welcome):
+            self._welcomed = self._ever_welcomed = True
+            self.heartbeat_ns, self.credit_bytes = message.heartbeat_ns, message.credit_bytes
+            self._next_heartbeat_ns = now + message.heartbeat_ns
+        elif isinstance(message, HelloAgain):
+            self._welcomed, self._next_hello_ns = False, now
+        elif isinstance(message, Refuse):
+            raise RefusedError(f"{self._hello.device}: refused by the base station: {message.reason}")
+        elif isinstance(message, Goodbye):
+            self.over = True
+        else:
+            return False
+        return True
+
+    def heartbeat_due(self) -> bool:
+        now = self._now_ns()
+        if not self._welcomed or now < self._next_heartbeat_ns:
+            return False
+        self._next_heartbeat_ns = now + self.heartbeat_ns
+        return True
+
+    def until_due_ms(self) -> int:
+        """How long the loop may wait for messages before it has something of its own to do."""
+        due_ns = self._next_heartbeat_ns if self._welcomed else self._next_hello_ns
+        return min(POLL_AT_MOST_MS, max(0, (due_ns - self._now_ns()) // 1_000_000 + 1))
+
+    def send(self, message: Any) -> bool:
+        """Send a small message; False where there is no connection to take it."""
+        try:
+            self._socket.socket.send(encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def send_block_part(self, message: Any, payload: bytearray) -> bool:
+        """Send a part as soon as there is room for it; False when the connection was lost meanwhile."""
+        frames = [encode(message), payload]
+        while True:
+            try:
+                self._socket.socket.send_multipart(frames, zmq.DONTWAIT)
+            except zmq.Again:
+                for event in self._socket.events():
+                    self._on_event(event.event, self._now_ns())
+                if not self._welcomed:
+                    return False
+                self._socket.socket.poll(POLL_AT_MOST_MS, zmq.POLLOUT)
+            else:
+                return True
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,150 @@
+"""The node's one loop: receive, dequantise, compute, quantise, reply.
+
+Heartbeats come from this same loop, so a node that hangs falls silent. Nothing is kept from one block to the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jetson_node.experts import Experts
+from jetson_node.link import Link
+from testbed.errors import MessageError
+from testbed.wire.messages import Announce, Credit, Heartbeat, Rejected, ReplyPart, RequestPart
+from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, KeptRows, part_count, part_rows
+from testbed.wire.quantization import SCHEMES, Buffers, pack, quantise
+
+Figures = Callable[[], dict[str, float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeTimes:
+    """Where the time of one block went at the node, in nanoseconds."""
+
+    queue_ns: int
+    dequantise_ns: int
+    compute_ns: int
+    padding_ns: int
+
+
+class Worker:
+    """Computes blocks for the base station at the other end of `link` until it says goodbye.
+
+    `emulated_s_per_row` pads the compute of every block to that many seconds per row, after the real work.
+    `stop` is asked between blocks; `figures` gives what a heartbeat reports.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        experts: Experts,
+        *,
+        figures: Figures,
+        stop: Callable[[], bool],
+        emulated_s_per_row: float = 0.0,
+        part_bytes: int = 65536,
+        max_block_bytes: int = MAX_BLOCK_BYTES,
+    ) -> None:
+        self._link, self._experts = link, experts
+        self._figures, self._stop = figures, stop
+        self._emulated_s_per_row = emulated_s_per_row
+        self._part_bytes, self._max_block_bytes = part_bytes, max_block_bytes
+        self._requests, self._outputs, self._buffers = KeptRows(), KeptRows(), Buffers()
+        self._block: Assembler | None = None
+        self._block_key = (-1, -1, -1)
+        self._credited_bytes = 0
+        self._dequantise_ns = 0
+        self._row_ns = 0.0  # running mean of compute time per row: the estimate announced before a long block
+
+    def run(self) -> None:
+        """Serve until goodbye, until `stop`, or until the base station refuses us (RefusedError)."""
+        while not self._stop():
+            self._link.keep()
+            for message, payload in self._link.receive(self._link.until_due_ms()):
+                if not isinstance(message, RequestPart):
+                    continue
+                try:
+                    self._take(message, payload)
+                except MessageError as error:
+                    self._block = None
+                    self._link.send(Rejected(message.round, message.attempt, str(error)[:500]))
+            if self._link.over:
+                return
+            if self._link.heartbeat_due():
+                self._link.send(Heartbeat(time.monotonic_ns(), self._figures()))
+
+    def _take(self, part: RequestPart, payload: memoryview) -> None:
+        key = (part.run, part.round, part.attempt)
+        if self._block is None or key != self._block_key:  # a new block: whatever was left of an older one is void
+            self._experts.check(part.layer, part.segments, part.rows, part.width)
+            self._block = Assembler(part, self._requests, self._max_block_bytes)
+            self._block_key, self._credited_bytes, self._dequantise_ns = key, 0, 0
+        started_ns = time.monotonic_ns()
+        complete = self._block.add(part, payload)
+        done_ns = time.monotonic_ns()
+        self._dequantise_ns += done_ns - started_ns
+        if complete:
+            block, self._block = self._block, None
+            self._serve(part, block, started_ns)
+        elif self._block.payload_bytes - self._credited_bytes >= self._link.credit_bytes:
+            self._credited_bytes = self._block.payload_bytes
+            self._link.send(Credit(part.round, part.attempt, self._credited_bytes))
+
+    def _serve(self, request: RequestPart, block: Assembler, received_ns: int) -> None:
+        self._announce(request)
+        output_RD = self._outputs.take(request.rows, request.width)
+        started_ns = time.monotonic_ns()
+        self._experts.compute(request.layer, request.segments, block.block_RD, output_RD)
+        computed_ns = time.monotonic_ns()
+        self._learn(request.rows, computed_ns - started_ns)
+        padding_ns = self._pad(request.rows, started_ns, computed_ns)
+        times = ComputeTimes(
+            queue_ns=max(0, started_ns - received_ns - self._dequantise_ns),
+            dequantise_ns=self._dequantise_ns,
+            compute_ns=computed_ns - started_ns,
+            padding_ns=padding_ns,
+        )
+        self._reply(request, output_RD, received_ns, times)
+
+    def _announce(self, request: RequestPart) -> None:
+        """Only a block that outlasts a heartbeat needs announcing; on a fast one it would cost more than it tells."""
+        estimate_ns = int(request.rows * max(self._row_ns, self._emulated_s_per_row * 1e9))
+        if self._row_ns == 0.0 or estimate_ns > self._link.heartbeat_ns:
+            self._link.send(Announce(request.round, request.rows, estimate_ns))
+
+    def _learn(self, rows: int, compute_ns: int) -> None:
+        measured = compute_ns / rows
+        self._row_ns = measured if self._row_ns == 0.0 else 0.8 * self._row_ns + 0.2 * measured
+
+    def _pad(self, rows: int, started_ns: int, computed_ns: int) -> int:
+        """Sleep until the emulated device would be done; 0 where the real work already took longer."""
+        due_ns = started_ns + int(rows * self._emulated_s_per_row * 1e9)
+        if due_ns > computed_ns:
+            time.sleep((due_ns - computed_ns) / 1e9)
+            return time.monotonic_ns() - computed_ns
+        return 0
+
+    def _reply(
+        self, request: RequestPart, output_RD: NDArray[np.float32], received_ns: int, times: ComputeTimes
+    ) -> None:
+        scheme = SCHEMES[request.reply_scheme]
+        quantise_started_ns = time.monotonic_ns()
+        quantised = quantise(output_RD, scheme, self._buffers)
+        sent_ns = time.monotonic_ns()
+        parts = part_count(request.rows, scheme.row_bytes(request.width), self._part_bytes)
+        for part in range(parts):
+            rows = part_rows(request.rows, parts, part)
+            payload = bytearray(scheme.payload_bytes(rows.stop - rows.start, request.width))
+            pack(quantised, np.arange(rows.start, rows.stop), payload)
+            header = ReplyPart(
+                request.run, request.round, request.attempt, part, parts, request.rows, request.width, scheme.name,
+                received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns, times.padding_ns,
+                sent_ns - quantise_started_ns,
+            )  # fmt: skip
+            if not self._link.send_block_part(header, payload):
+                return  # the connection is gone, and with it whoever asked

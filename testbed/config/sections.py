@@ -1,0 +1,211 @@
+"""What may stand in a run file. Keys carry their unit, unknown keys are refused, nothing changes after loading."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+Scheme = Literal["int8", "fp16", "bf16", "fp32"]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ExpertId = Annotated[int, Field(ge=0, le=65_535)]
+# TOML has lists and text where we keep tuples and paths; what is inside a list stays strict.
+ExpertIds = Annotated[tuple[ExpertId, ...], Field(strict=False)]
+Folder = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+
+
+def _run_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", value):
+        raise ValueError('must be letters, digits, ".", "_" or "-", at most 63: it names the run\'s folder')
+    return value
+
+
+def _device_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", value):
+        raise ValueError('must be small letters, digits or "-", at most 63')
+    return value
+
+
+def _policy_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        raise ValueError('must be "topk", "wlr" or, for one of your own, "package.module:Class"')
+    return value
+
+
+def _one_address(value: str) -> str:
+    try:
+        address = ipaddress.IPv4Address("0.0.0.0" if value in ("*", "", "::") else value)  # noqa: S104 (refused below)
+    except ValueError:
+        raise ValueError('must be one IPv4 address of this machine in figures, such as "127.0.0.1"') from None
+    if address.is_unspecified:
+        raise ValueError('would listen on every network of this machine; name one address, such as "127.0.0.1"')
+    return value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    path: Annotated[str, Field(min_length=1)] = "demo"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies: the shipped demo model, or the folder that `path` names."""
+        if self.path == "demo":
+            return Path(__file__).parents[1] / "demo" / "model"
+        return Path(self.path).expanduser()
+
+
+class WireSection(Section):
+    down: Scheme = "int8"
+    up: Scheme = "int8"
+    part_bytes: Annotated[int, Field(ge=1024, le=1024**2)] = 65_536
+    window_bytes: Annotated[int, Field(ge=1024, le=1024**3)] = 1_048_576
+
+    @model_validator(mode="after")
+    def _window_holds_a_part(self) -> WireSection:
+        if self.window_bytes < self.part_bytes:
+            raise ValueError(f"window_bytes ({self.window_bytes}) must hold one part: at least {self.part_bytes}")
+        return self
+
+
+class TimeoutsSection(Section):
+    join_s: Seconds = 30.0  # from the start of the nodes until all are welcome
+    reply_s: Seconds = 10.0  # deadline of a round
+    heartbeat_s: Seconds = 0.5
+    silence_s: Seconds = 2.5  # without any message, a node is taken for lost
+    drain_s: Seconds = 0.5  # for the last messages to leave at the end
+
+    @model_validator(mode="after")
+    def _silence_outlasts_a_heartbeat(self) -> TimeoutsSection:
+        if self.silence_s <= self.heartbeat_s:
+            raise ValueError(f"silence_s ({self.silence_s}) must be above heartbeat_s ({self.heartbeat_s})")
+        return self
+
+
+class DeviceSection(Section):
+    name: Annotated[str, AfterValidator(_device_name)]
+    # Compute is padded to the time that this rate would take; None = as fast as it is.
+    emulated_flops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    backend: Literal["auto", "torch", "numpy"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+
+
+class WorkloadSection(Section):
+    score_prompts: Annotated[int, Field(ge=0, le=1_000_000)] = 12
+    score_tokens: Annotated[int, Field(ge=2, le=1_000_000)] = 128  # of each scored prompt
+    generate_prompts: Annotated[int, Field(ge=0, le=1_000_000)] = 2
+    prompt_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    new_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 32
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> WorkloadSection:
+        if self.score_prompts == 0 and (self.generate_prompts == 0 or self.new_tokens == 0):
+            raise ValueError("nothing to do; raise score_prompts, or generate_prompts and new_tokens")
+        return self
+
+
+class PolicySpec(Section, extra="allow"):
+    """A policy's name; every other key of its table is a parameter."""
+
+    __pydantic_extra__: dict[str, JsonValue]
+    name: Annotated[str, AfterValidator(_policy_name)]
+
+    @property
+    def params(self) -> dict[str, JsonValue]:
+        return dict(self.__pydantic_extra__)
+
+    @model_validator(mode="after")
+    def _parameters_are_finite(self) -> PolicySpec:
+        for key, value in self.params.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} must be a finite number, not {value}")
+        return self
+
+
+class OnLossSection(Section):
+    orphaned: Literal["zero", "fail"] = "zero"  # a token that no expert answered: expert output 0, or end the run
+    invalid_above: Fraction = 0.01  # orphaned share of the tokens above which the result says INVALID
+
+
+class EstimatorSection(Section):
+    memory_rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 32  # a device's older rounds fade beyond these many
+
+
+class LogSection(Section):
+    directory: Folder = Path("logs")
+    scores: Literal["float16", "float32", "none"] = "float16"
+    segment_rows: Annotated[int, Field(ge=1024, le=100_000_000)] = 65_536
+
+
+class ListenSection(Section):
+    host: Annotated[str, AfterValidator(_one_address)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0  # 0 = any free one
+
+    @property
+    def endpoint(self) -> str:
+        """What a socket binds to."""
+        return f"tcp://{self.host}:{self.port or '*'}"
+
+
+class RunConfig(Section):
+    name: Annotated[str, AfterValidator(_run_name)]
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    devices: Annotated[tuple[DeviceSection, ...], Field(strict=False, alias="device")]
+    policies: Annotated[tuple[PolicySpec, ...], Field(strict=False, alias="policy")]
+    placement: dict[str, ExpertIds] | None = None  # device -> its experts in every layer; None = expert q on device q
+    model: ModelSection = ModelSection()
+    wire: WireSection = WireSection()
+    timeouts: TimeoutsSection = TimeoutsSection()
+    workload: WorkloadSection = WorkloadSection()
+    on_loss: OnLossSection = OnLossSection()
+    estimator: EstimatorSection = EstimatorSection()
+    log: LogSection = LogSection()
+    listen: ListenSection = ListenSection()
+
+    @field_validator("devices")
+    @classmethod
+    def _each_device_has_its_own_name(cls, devices: tuple[DeviceSection, ...]) -> tuple[DeviceSection, ...]:
+        if not devices:
+            raise ValueError("a run needs at least one; add a [[device]] table")
+        name, count = Counter(device.name for device in devices).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f'{count} of them are named "{name}"; give each its own name')
+        return devices
+
+    @field_validator("policies")
+    @classmethod
+    def _topk_comes_first_and_none_twice(cls, policies: tuple[PolicySpec, ...]) -> tuple[PolicySpec, ...]:
+        if not policies or policies[0].name != "topk":
+            place = "move" if any(policy.name == "topk" for policy in policies) else "topk is missing; put"
+            raise ValueError(f'cuts are measured against topk: {place} [[policy]] name = "topk" before all others')
+        for i, policy in enumerate(policies):
+            if policy in policies[:i]:
+                raise ValueError(f'"{policy.name}" stands there twice with the same parameters; remove one')
+        return policies
+
+    @model_validator(mode="after")
+    def _every_device_is_placed(self) -> RunConfig:
+        if self.placement is None:
+            return self
+        names = [device.name for device in self.devices]
+        for name in self.placement:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1) or names
+                raise ValueError(f'placement.{name}: there is no such [[device]]; did you mean "{near[0]}"?')
+        for name in names:
+            if name not in self.placement:
+                raise ValueError(f'placement: device "{name}" is given no expert; add it, or take its [[device]] out')
+        for name, experts in self.placement.items():
+            if not experts or len(set(experts)) < len(experts):
+                raise ValueError(f"placement.{name}: must list at least one expert, and none twice")
+        return self

@@ -1,0 +1,172 @@
+"""The base station of a run: the model without its experts, its station, and the work that a policy is measured on."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from bs_node.dispatcher import WirelessDispatcher, WireSettings
+from bs_node.model import load_bs_model
+from bs_node.registry import Registry
+from bs_node.remote_experts import IMPLEMENTATION, attach
+from bs_node.session import Session
+from bs_node.station import Station
+from testbed.checkpoint.manifest import Manifest
+from testbed.config import RunConfig
+from testbed.experiment.workload import Window, choose
+from testbed.latency.running_mean import RunningMean
+from testbed.policies.base import Policy
+from testbed.runlog.recorder import Recorder
+from testbed.runlog.schema import GenerationPhase
+from testbed.wire.sockets import StationSocket
+
+CREDITS_PER_WINDOW = 4
+
+Progress = Callable[[str, int, int], None]
+
+
+class BaseStation:
+    """Owns the socket, so it must be used by the thread that makes it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        split_dir: Path,
+        manifest: Manifest,
+        sockets: StationSocket,
+        recorder: Recorder,
+        policy: Policy,
+        *,
+        enrolled: dict[str, str] | None,
+    ) -> None:
+        torch.set_num_threads(1)  # the nodes need the other cores
+        torch.manual_seed(config.seed)
+        timeouts, wire = config.timeouts, config.wire
+        self._config, self._recorder = config, recorder
+        self._registry = Registry(manifest, int(timeouts.silence_s * 1e9))
+        self._station = Station(
+            sockets,
+            self._registry,
+            run=secrets.randbits(62),
+            enrolled=enrolled,
+            heartbeat_ns=int(timeouts.heartbeat_s * 1e9),
+            credit_bytes=max(1, wire.window_bytes // CREDITS_PER_WINDOW),
+            on_event=recorder.event,
+        )
+        settings = WireSettings(wire.down, wire.up, wire.part_bytes, wire.window_bytes, timeouts.reply_s)
+        self.session = Session(
+            policy,
+            WirelessDispatcher(self._station, settings, len(manifest.devices)),
+            RunningMean(len(manifest.devices), config.estimator.memory_rounds),
+            self._registry.nodes,
+            recorder=recorder,
+            keep_scores=config.log.scores != "none",
+            fail_on_orphans=config.on_loss.orphaned == "fail",
+        )
+        self._model = load_bs_model(split_dir, manifest, config.model.dtype, IMPLEMENTATION)
+        attach(self._model, manifest, self.session)
+        self._model.register_forward_pre_hook(self._note_phase, with_kwargs=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(split_dir)
+        work = config.workload
+        self.workload = choose(
+            self._token_ids,
+            score=work.score_prompts,
+            score_tokens=work.score_tokens,
+            generate=work.generate_prompts if work.new_tokens else 0,
+            prompt_tokens=work.prompt_tokens,
+        )
+
+    def _token_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _note_phase(self, _model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """One new token per sequence is decoding, more are prefill."""
+        input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        one_token = input_ids.shape[-1] == 1
+        self.session.phase = GenerationPhase.DECODE if one_token else GenerationPhase.PREFILL
+
+    def wait_for_nodes(self, still_possible: Callable[[], None]) -> None:
+        """Until every node has joined; see Station.wait_for_all."""
+        started_s = time.monotonic()
+        self._station.wait_for_all(self._config.timeouts.join_s, still_possible)
+        self._recorder.event("all_joined", after_s=time.monotonic() - started_s)
+
+    @torch.inference_mode()
+    def run_policy(self, index: int, policy: Policy, label: str, progress: Progress) -> None:
+        """Score and continue every window of the workload under one policy."""
+        session, total = self.session, len(self.workload.scored) + len(self.workload.continued)
+        session.policy, session.policy_index = policy, index
+        for prompt, window in enumerate(self.workload.scored):
+            progress(label, prompt, total)
+            session.prompt = prompt
+            self._score(index, prompt, window)
+        for prompt, window in enumerate(self.workload.continued, start=len(self.workload.scored)):
+            progress(label, prompt, total)
+            session.prompt = prompt
+            self._continue(index, prompt, window)
+        progress(label, total, total)
+
+    def _score(self, policy: int, prompt: int, window: Window) -> None:
+        """Log how well the model predicts each next token of the window."""
+        token_ids = torch.tensor([window.token_ids])
+        logits_TV = self._model(input_ids=token_ids[:, :-1], use_cache=False).logits[0].float()
+        target_T = token_ids[0, 1:]
+        self._recorder.event(
+            "scored",
+            policy=policy,
+            prompt=prompt,
+            path=window.path,
+            tokens=len(target_T),
+            nats=torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="sum").item(),
+            correct=int((logits_TV.argmax(-1) == target_T).sum()),
+        )
+
+    def _continue(self, policy: int, prompt: int, window: Window) -> None:
+        """Log a greedy continuation with the KV cache, and when each of its tokens was there."""
+        token_ids = torch.tensor([window.token_ids])
+        stamps = TokenStamps()
+        generated = self._model.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=self._config.workload.new_tokens,
+            min_new_tokens=self._config.workload.new_tokens,
+            do_sample=False,
+            streamer=stamps,
+        )
+        self._recorder.event(
+            "generated",
+            policy=policy,
+            prompt=prompt,
+            path=window.path,
+            token_s=stamps.token_s(),
+            text=self._tokenizer.decode(generated[0, token_ids.shape[1] :]),
+        )
+
+    def say_goodbye(self) -> None:
+        self._station.say_goodbye()
+
+
+class TokenStamps(BaseStreamer):  # type: ignore[misc] # transformers has no types
+    """Hears of the prompt first, then of every generated token."""
+
+    def __init__(self) -> None:
+        self._stamps_ns: list[int] = []
+
+    def put(self, _value: Any) -> None:
+        self._stamps_ns.append(time.monotonic_ns())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def token_s(self) -> list[float]:
+        """Seconds that each decoded token took: the first one came out of the prefill."""
+        tokens = self._stamps_ns[1:]
+        return [(later - earlier) / 1e9 for earlier, later in zip(tokens, tokens[1:], strict=False)]

@@ -1,0 +1,1 @@
+"""What `testbed doctor` checks: the machine alone, and what a run file asks of it."""

@@ -1,0 +1,74 @@
+"""What every policy needs: where a pair would be computed, and what is left of the weights when pairs are dropped.
+
+A pair is (token, selected expert). An id outside 0..E-1 is the gate's way to say "no expert" (ZAYA skips tokens so): it
+is not part of the routing, has no device, counts neither as kept nor as dropped, and its weight enters no sum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from testbed.policies.base import DROPPED, BoolArray, FloatArray, IntArray, Routing, Selection, State
+
+
+def routed(routing: Routing) -> BoolArray:
+    """Which pairs name an expert at all, as bool_TK: the ones that can be kept or dropped."""
+    experts = routing.holds_NE.shape[1]
+    routed_TK: BoolArray = (routing.expert_TK >= 0) & (routing.expert_TK < experts)
+    return routed_TK
+
+
+def known_token_s(state: State) -> FloatArray:
+    """token_s_N with NaN for everything that cannot be a latency: only a positive, finite time is known."""
+    return np.where((state.token_s_N > 0) & (state.token_s_N < np.inf), state.token_s_N, np.nan)
+
+
+def device_of_expert(routing: Routing, state: State) -> IntArray:
+    """The available device with the least token_s that holds each expert, as device_E; DROPPED where there is none.
+
+    A device of unknown latency is worse than any known one, but usable. Ties go to the lowest index. A device that is
+    away is simply not here: the ratio of Algorithm 1 never sees it as t = infinity.
+    """
+    fastest_first_N = np.argsort(known_token_s(state), kind="stable")  # NaN sorts last, ties stay in order
+    usable_NE = routing.holds_NE[fastest_first_N] & state.available_N[fastest_first_N, None]
+    first_E = usable_NE.argmax(axis=0)
+    return np.where(usable_NE.any(axis=0), fastest_first_N[first_E], DROPPED)
+
+
+def device_of_pair(routing: Routing, state: State) -> IntArray:
+    """The device that would serve each pair, as device_TK: `device_of_expert`; DROPPED too where there is no expert."""
+    device_E = device_of_expert(routing, state)
+    no_expert = len(device_E)
+    expert_or_none_TK = np.where(routed(routing), routing.expert_TK, no_expert)
+    return np.append(device_E, DROPPED)[expert_or_none_TK]
+
+
+def rescale(weight_TK: FloatArray, kept_TK: BoolArray) -> FloatArray:
+    """Give the survivors of each token the sum that the gate gave it: w * keep * sum(w) / sum(w * keep).
+
+    The final "Softmax(w)" of Algorithm 1 is read as a softmax over the surviving router logits, which is to divide the
+    surviving probabilities by their sum; for families whose weights do not sum to 1 their own sum is kept. A row of
+    which nothing is dropped passes unchanged, bit for bit. One without survivors (an orphaned token: its expert output
+    is 0, the residual passes), or with survivors of weight 0 only, becomes zeros. The dtype stays.
+    """
+    if kept_TK.all():
+        return weight_TK
+    survivor_TK = np.where(kept_TK, weight_TK, 0)
+    total_T1 = weight_TK.sum(axis=1, keepdims=True, dtype=np.float64)
+    left_T1 = survivor_TK.sum(axis=1, keepdims=True, dtype=np.float64)
+    share_TK = np.divide(survivor_TK, left_T1, out=np.zeros(weight_TK.shape), where=left_T1 > 0)
+    intact_T1 = kept_TK.all(axis=1, keepdims=True)
+    return np.where(intact_T1, weight_TK, (share_TK * total_T1).astype(weight_TK.dtype))
+
+
+def finish(routing: Routing, device_TK: IntArray) -> Selection:
+    """The answer that sends each pair to device_TK and rescales what is kept.
+
+    A pair without an expert gets weight 0 and leaves the weights of its token alone, as the model itself treats it.
+    """
+    sent_TK = device_TK != DROPPED
+    if sent_TK.all():
+        return Selection(device_TK, routing.weight_TK)
+    routed_TK = routed(routing)
+    weight_TK = np.where(routed_TK, routing.weight_TK, 0)
+    return Selection(device_TK, rescale(weight_TK, sent_TK | ~routed_TK))

@@ -1,0 +1,243 @@
+"""What a run's log holds: every column with its unit, where it comes from and what it means, and the phases of a round.
+
+    python -m testbed.runlog.schema > logs/README.md
+
+N devices, T tokens of a round, K experts chosen per token, E experts per layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+MANIFEST, CONFIG, EVENTS = "manifest.json", "config.toml", "events.jsonl"
+SEGMENT, PARQUET = ".seg", ".parquet"
+TABLES = ("rounds", "tokens")
+COMMIT = "commit"  # last field of every record: its index + 1, written after all others; 0 is an empty record
+
+KINDS = {
+    "measured": "read from a clock, counted, or copied from what the model, the node or the policy gave",
+    "inferred": "estimated from measured values",
+    "configured": "follows from the run file and the manifest",
+    "emulated": "added on purpose, so that this machine behaves like another one",
+}
+
+
+class GenerationPhase(IntEnum):
+    PREFILL = 0
+    DECODE = 1
+
+
+class Status(IntEnum):
+    """What became of a device in a round."""
+
+    IDLE = 0
+    ANSWERED = 1
+    LATE = 2
+    LOST = 3
+    REJECTED = 4
+    INVALID = 5
+
+
+STATUS_MEANING = {
+    Status.IDLE: "nothing was sent to it",
+    Status.ANSWERED: "its whole reply came in time",
+    Status.LATE: "alive, but past the deadline",
+    Status.LOST: "its connection went away",
+    Status.REJECTED: "the node refused the request",
+    Status.INVALID: "its reply was broken",
+}
+
+
+class RoundPhase(NamedTuple):
+    where: str
+    name: str
+    column: str | None
+    note: str = ""
+
+
+PHASES = (
+    RoundPhase("BS", "gate", None, "inside the model, not separated yet"),
+    RoundPhase("BS", "select", "select_ns"),
+    RoundPhase("BS", "group", "group_ns"),
+    RoundPhase("BS", "quantise", "quantise_ns"),
+    RoundPhase("BS", "send", "send_ns"),
+    RoundPhase("link", "down", None, "a one-way time needs the offset between two clocks"),
+    RoundPhase("node", "queue", "node_queue_ns"),
+    RoundPhase("node", "dequantise", "node_dequantise_ns"),
+    RoundPhase("node", "compute", "node_compute_ns"),
+    RoundPhase("node", "quantise", "node_quantise_ns"),
+    RoundPhase("link", "up", None, "a one-way time needs the offset between two clocks"),
+    RoundPhase("BS", "wait", "wait_ns"),
+    RoundPhase("BS", "dequantise", "dequantise_ns"),
+    RoundPhase("BS", "combine", "combine_ns"),
+    RoundPhase("BS", "record", "record_ns_previous", "known only after the row is written, so the next round tells it"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column; `size` is "K", "E" or "" for a single value. A nullable one may be unknown: null, never 0."""
+
+    name: str
+    format: str
+    unit: str
+    kind: str
+    meaning: str
+    size: str = ""
+    nullable: bool = False
+
+    @property
+    def missing(self) -> Any:
+        return missing_value(np.dtype(self.format))
+
+
+def missing_value(dtype: np.dtype[Any]) -> Any:
+    """How unknown is written in a segment: NaN, -1, or the largest unsigned value."""
+    if dtype.kind == "f":
+        return np.nan
+    return np.iinfo(dtype).max if dtype.kind == "u" else -1
+
+
+def _duration(name: str, meaning: str, kind: str = "measured") -> Column:
+    return Column(name, "<i8", "ns", kind, meaning, nullable=True)
+
+
+def _seconds(name: str, meaning: str, kind: str = "inferred") -> Column:
+    return Column(name, "<f8", "s", kind, meaning, nullable=True)
+
+
+_KEYS = (
+    Column("round", "<u8", "", "measured", "number of the expert round in this run"),
+    Column("policy", "<u2", "", "configured", "index into the manifest's list of policies"),
+    Column("prompt", "<i4", "", "configured", "index of the prompt or text window"),
+    Column("layer", "<u2", "", "measured", "MoE block of the model"),
+    Column("phase", "u1", "", "measured", "0 prefill, 1 decode"),
+)
+KEY_NAMES = tuple(key.name for key in _KEYS)
+
+ROUND_COLUMNS = (
+    *_KEYS,
+    Column("attempt", "<u2", "", "measured", "0 for the first try of the round"),
+    Column("device", "<u2", "", "configured", "index into the manifest's list of devices"),
+    Column(
+        "node_boot", "<u8", "", "measured", "boot id of the node's process; null before it first joined", nullable=True
+    ),
+    Column("tokens", "<u4", "tokens", "measured", "T of the round"),
+    Column("rows", "<u4", "rows", "measured", "pairs (token, expert) sent to the device"),
+    Column("experts_touched", "<u2", "experts", "measured", "distinct experts among these rows"),
+    Column("bytes_down", "<u8", "bytes", "measured", "sent to the node, headers included, encryption not"),
+    Column("bytes_up", "<u8", "bytes", "measured", "received from the node, headers included, encryption not"),
+    Column("parts_down", "<u2", "messages", "measured", "parts the request travelled in"),
+    Column("parts_up", "<u2", "messages", "measured", "parts of the reply that arrived"),
+    Column("status", "u1", "", "measured", ", ".join(f"{s.value} {s.name.lower()}" for s in Status)),
+    _duration("select_ns", "the policy's choice; of the round, the same in every device's row"),
+    _duration("group_ns", "rows gathered per node; of the round"),
+    _duration("quantise_ns", "rows quantised at the BS; of the round"),
+    _duration("send_ns", "handing this node's parts to the socket"),
+    _duration("wait_ns", "BS waiting for replies; of the round"),
+    _duration("dequantise_ns", "replies dequantised at the BS; of the round"),
+    _duration("combine_ns", "weighted sum (Eq. 1); of the round"),
+    _duration("record_ns_previous", "writing the log rows of the round recorded before this one"),
+    _duration("round_ns", "the whole expert round at the BS, without recording it"),
+    _duration("rtt_ns", "first byte handed to the socket for this node until the last part of its reply was read"),
+    _duration("bs_sent_ns", "stamp on the BS's monotonic clock: first part handed to the socket"),
+    _duration("node_received_ns", "stamp on the node's monotonic clock: last part of the request read"),
+    _duration("node_sent_ns", "stamp on the node's monotonic clock: reply handed to the socket"),
+    _duration("bs_received_ns", "stamp on the BS's monotonic clock: last part of the reply read"),
+    _duration("node_queue_ns", "request waiting in the node"),
+    _duration("node_dequantise_ns", "rows dequantised at the node"),
+    _duration("node_compute_ns", "expert FFN, device synchronised, padding included"),
+    _duration("node_padding_ns", "time added to the compute to match a slower device", kind="emulated"),
+    _duration("node_quantise_ns", "results quantised at the node"),
+    _seconds("state_token_s", "what the policy saw: time of one token alone on the device (Eq. 6)"),
+    Column("state_available", "?", "", "measured", "what the policy saw: the device could be chosen"),
+    _seconds("state_age_s", "what the policy saw: time since the estimate was last taught", kind="measured"),
+    _seconds("state_base_s", "what the policy saw: cost of a round before any row"),
+    _seconds("state_expert_s", "what the policy saw: cost of each expert touched"),
+    _seconds("state_row_s", "what the policy saw: cost of each row"),
+)
+
+
+def token_columns(score_format: str = "<f2") -> tuple[Column, ...]:
+    """Columns of the table `tokens`; the gate's scores are kept in half precision unless told otherwise."""
+    return (
+        *_KEYS,
+        Column("token", "<u4", "", "measured", "index of the token in the round"),
+        Column("expert", "<u2", "", "measured", "experts the gate chose", "K"),
+        Column("weight", "<f4", "", "measured", "the gate's weights of these experts", "K"),
+        Column("kept", "?", "", "measured", "the pair was computed and its result arrived", "K"),
+        Column("device", "<i2", "", "measured", "where the policy sent the pair; -1 where it dropped it", "K"),
+        Column("final_weight", "<f4", "", "measured", "weights of the weighted sum; 0 for a pair not kept", "K"),
+        Column("score", score_format, "", "measured", "the gate's weight for every expert, if it tells", "E", True),
+        Column("orphaned", "?", "", "measured", "no pair was kept: expert output 0"),
+    )
+
+
+def columns_of(table: str, experts: int, score_format: str = "<f2") -> tuple[Column, ...]:
+    """The table's columns; without `score` where the gate gives none (`experts` is 0)."""
+    columns = ROUND_COLUMNS if table == "rounds" else token_columns(score_format)
+    return tuple(column for column in columns if column.size != "E" or experts)
+
+
+def nullable_names() -> set[str]:
+    return {column.name for column in (*ROUND_COLUMNS, *token_columns()) if column.nullable}
+
+
+def record_dtype(columns: tuple[Column, ...], top_k: int, experts: int) -> np.dtype[Any]:
+    """The fixed-width record of these columns, naturally aligned, with the commit mark last."""
+    shapes: dict[str, tuple[int, ...]] = {"": (), "K": (top_k,), "E": (experts,)}
+    fields = [(column.name, column.format, shapes[column.size]) for column in columns]
+    return np.dtype([*fields, (COMMIT, "<u8")], align=True)
+
+
+README_HEAD = """# What a run leaves here
+<!-- written by `python -m testbed.runlog.schema > logs/README.md`; change testbed/runlog/schema.py instead -->
+
+`logs/<run-id>/`, the run id being `YYYYmmdd-HHMMSS-name` in UTC, holds
+
+| file | what |
+|---|---|
+| `manifest.json` | config, versions, seeds, hashes of model and text, machine, policies, devices, what is emulated |
+| `config.toml` | the run file as it was given |
+| `events.jsonl` | rare events, one JSON object a line: a node joined, was lost, a reply came late |
+| `rounds-0000.parquet`, … | one row per (round, device), also for a device that got no rows |
+| `tokens-0000.parquet`, … | one row per (round, token) |
+| `rounds-0000.seg`, … | the same rows while the run goes on, or after it was killed |
+
+DuckDB, Polars and pandas read the Parquet files; `testbed.runlog.reader` reads them and the segments alike.
+A row that was recorded survives `kill -9`. Unknown is null, never 0. Durations are differences on one clock; stamps of
+two machines must not be subtracted without the offset between their clocks."""
+
+
+def _readme_lines() -> Iterator[str]:
+    yield README_HEAD
+    yield "\n## Where a value comes from\n\n| kind | meaning |\n|---|---|"
+    yield from (f"| {kind} | {meaning} |" for kind, meaning in KINDS.items())
+    yield "\n## The phases of a round\n\n| where | phase | column | note |\n|---|---|---|---|"
+    for phase in PHASES:
+        yield f"| {phase.where} | {phase.name} | {f'`{phase.column}`' if phase.column else ''} | {phase.note} |"
+    for table, row in (("rounds", "one row per (round, device)"), ("tokens", "one row per (round, token)")):
+        yield f"\n## Table `{table}`: {row}\n\n| column | type | unit | kind | meaning |\n|---|---|---|---|---|"
+        for column in columns_of(table, experts=1):
+            size = f"[{column.size}]" if column.size else ""
+            null = " or null" if column.nullable else ""
+            values = f"{np.dtype(column.format).name}{size}{null}"
+            yield f"| `{column.name}` | {values} | {column.unit} | {column.kind} | {column.meaning} |"
+    yield "\nK experts per token, E experts of the layer. Half-precision scores read back as float32, equal in value."
+    yield "\n## Status\n\n| value | name | meaning |\n|---|---|---|"
+    yield from (f"| {status.value} | {status.name.lower()} | {STATUS_MEANING[status]} |" for status in Status)
+
+
+def readme() -> str:
+    return "\n".join(_readme_lines()) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(readme())

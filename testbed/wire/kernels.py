@@ -1,0 +1,214 @@
+"""The loops of the row codec and of combine, compiled when first imported and then loaded from numba's cache.
+
+Every kernel works row by row, so that a second look finds the row still in the cache, keeps no temporary and lets go
+of the interpreter lock. It returns the first row that it refuses, or NO_ROW.
+
+Bit patterns stand for magnitudes: with the sign bit cleared they grow with the value, an infinity comes after every
+number and a NaN after infinity. So one integer maximum, which vectorises where a maximum of floats would not, is both
+the maximum and the check.
+
+No fastmath flag is set: the only reductions are over integers, and on floats each flag could change a result
+(`contract` would fuse a multiplication and an addition, `reassoc` and `arcp` would round otherwise than the
+definition, `nnan` and `ninf` would allow the checks to be removed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import register_jitable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+NO_ROW = -1
+SMALLEST_MAX = np.float32(127 * 2.0**-126)  # of a row in int8: below it, the scale would be subnormal
+SCALE_BOUND_BITS = np.uint32(0x7C00_0000)  # 2**121: from there on, -128 * scale overflows
+MAGNITUDE = np.uint32(0x7FFF_FFFF)
+INFINITY = np.uint32(0x7F80_0000)
+HALF_SMALLEST_NORMAL = np.uint32(0x3880_0000)  # 2**-14
+HALF_REBIAS = np.uint32((127 - 15) << 23)
+
+
+def read(dtype: Any, ndim: int) -> Any:
+    """C-contiguous input that may be read-only and, as a payload in a received frame may be, unaligned."""
+    return types.Array(dtype, ndim, "C", readonly=True, aligned=False)
+
+
+def write(dtype: Any, ndim: int) -> Any:
+    return types.Array(dtype, ndim, "C")
+
+
+def native(*signature: Any) -> Callable[[Kernel], Kernel]:
+    """Compile now, for exactly these arguments; the answer is a row."""
+    return cast("Callable[[Kernel], Kernel]", numba.njit(types.int64(*signature), nogil=True, cache=True))
+
+
+def inlined(helper: Kernel) -> Kernel:
+    """Compiled with the kernels that call it."""
+    return register_jitable(helper)
+
+
+@inlined
+def as_float(bits: Any) -> Any:
+    return np.uint32(bits).view(np.float32)
+
+
+@inlined
+def as_bits(value: Any) -> Any:
+    return np.float32(value).view(np.uint32)
+
+
+@inlined
+def max_magnitude(bits_D: Any) -> Any:
+    largest = np.uint32(0)
+    for column in range(bits_D.size):
+        largest = max(largest, np.uint32(bits_D[column] & MAGNITUDE))
+    return largest
+
+
+@native(read(types.float32, 2), types.float64, write(types.int8, 2), write(types.float32, 1))
+def encode_int8(
+    hidden_RD: NDArray[np.float32], largest: float, values_RD: NDArray[np.int8], scale_R: NDArray[np.float32]
+) -> int:
+    bits_RD = hidden_RD.view(np.uint32)
+    for row in range(hidden_RD.shape[0]):
+        max_bits = max_magnitude(bits_RD[row])
+        if max_bits > as_bits(largest):
+            return row
+        row_max = as_float(max_bits)
+        steps = np.float32(0)
+        scale_R[row] = 0
+        if row_max >= SMALLEST_MAX:
+            steps = np.float32(127) / row_max
+            scale_R[row] = row_max / np.float32(127)
+        for column in range(hidden_RD.shape[1]):
+            values_RD[row, column] = np.int8(np.rint(hidden_RD[row, column] * steps))
+    return NO_ROW
+
+
+@native(read(types.float32, 2), types.float64, write(types.uint16, 2))
+def encode_fp16(hidden_RD: NDArray[np.float32], largest: float, values_RD: NDArray[np.uint16]) -> int:
+    """Round to nearest even by the addition that does so in the unit of the result's last place."""
+    bits_RD = hidden_RD.view(np.uint32)
+    for row in range(hidden_RD.shape[0]):
+        if max_magnitude(bits_RD[row]) > as_bits(largest):
+            return row
+        for column in range(hidden_RD.shape[1]):
+            magnitude = np.uint32(bits_RD[row, column] & MAGNITUDE)
+            sign = np.uint32(np.uint32(bits_RD[row, column] >> np.uint32(16)) & np.uint32(0x8000))
+            odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
+            normal = np.uint32(np.uint32(magnitude - HALF_REBIAS + np.uint32(0xFFF) + odd) >> np.uint32(13))
+            subnormal = np.uint32(as_bits(as_float(magnitude) + np.float32(0.5)) - as_bits(np.float32(0.5)))
+            half = subnormal if magnitude < HALF_SMALLEST_NORMAL else normal
+            values_RD[row, column] = np.uint16(sign | half)
+    return NO_ROW
+
+
+@native(read(types.float32, 2), types.float64, write(types.uint16, 2))
+def encode_bf16(hidden_RD: NDArray[np.float32], largest: float, values_RD: NDArray[np.uint16]) -> int:
+    bits_RD = hidden_RD.view(np.uint32)
+    for row in range(hidden_RD.shape[0]):
+        if max_magnitude(bits_RD[row]) > as_bits(largest):
+            return row
+        for column in range(hidden_RD.shape[1]):
+            bits = bits_RD[row, column]
+            odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+            values_RD[row, column] = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    return NO_ROW
+
+
+@native(read(types.float32, 2), types.float64)
+def check_fp32(hidden_RD: NDArray[np.float32], largest: float) -> int:
+    bits_RD = hidden_RD.view(np.uint32)
+    for row in range(hidden_RD.shape[0]):
+        if max_magnitude(bits_RD[row]) > as_bits(largest):
+            return row
+    return NO_ROW
+
+
+@native(read(types.uint8, 2), read(types.int64, 1), write(types.uint8, 2))
+def gather(rows_TB: NDArray[np.uint8], row_index_R: NDArray[np.int64], out_RB: NDArray[np.uint8]) -> int:
+    """Copy rows of bytes. Returns the first place in row_index_R that names no row, or NO_ROW."""
+    for place in range(row_index_R.size):
+        row = row_index_R[place]
+        if not 0 <= row < rows_TB.shape[0]:
+            return place
+        for byte in range(rows_TB.shape[1]):
+            out_RB[place, byte] = rows_TB[row, byte]
+    return NO_ROW
+
+
+@native(read(types.float32, 1), read(types.int8, 2), write(types.float32, 2))
+def decode_int8(scale_R: NDArray[np.float32], values_RD: NDArray[np.int8], out_RD: NDArray[np.float32]) -> int:
+    for row in range(values_RD.shape[0]):
+        scale = scale_R[row]
+        if as_bits(scale) >= SCALE_BOUND_BITS:  # a negative one too: its sign is the highest bit
+            return row
+        for column in range(values_RD.shape[1]):
+            out_RD[row, column] = np.float32(values_RD[row, column]) * scale
+    return NO_ROW
+
+
+@native(read(types.uint16, 2), write(types.float32, 2))
+def decode_fp16(values_RD: NDArray[np.uint16], out_RD: NDArray[np.float32]) -> int:
+    """Multiplying by 2**112 moves the exponent's bias from 15 to 127, exactly, for subnormal halves too."""
+    for row in range(values_RD.shape[0]):
+        largest = np.uint32(0)
+        for column in range(values_RD.shape[1]):
+            bits = np.uint32(values_RD[row, column])
+            magnitude = np.uint32(bits & np.uint32(0x7FFF))
+            largest = max(largest, magnitude)
+            value = as_float(np.uint32(magnitude << np.uint32(13))) * np.float32(2.0**112)
+            sign = np.uint32(np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))
+            out_RD[row, column] = as_float(np.uint32(as_bits(value) | sign))
+        if largest >= np.uint32(0x7C00):
+            return row
+    return NO_ROW
+
+
+@native(read(types.uint16, 2), write(types.float32, 2))
+def decode_bf16(values_RD: NDArray[np.uint16], out_RD: NDArray[np.float32]) -> int:
+    for row in range(values_RD.shape[0]):
+        largest = np.uint32(0)
+        for column in range(values_RD.shape[1]):
+            bits = np.uint32(np.uint32(values_RD[row, column]) << np.uint32(16))
+            largest = max(largest, np.uint32(bits & MAGNITUDE))
+            out_RD[row, column] = as_float(bits)
+        if largest >= INFINITY:
+            return row
+    return NO_ROW
+
+
+@native(read(types.float32, 2), write(types.float32, 2))
+def decode_fp32(values_RD: NDArray[np.float32], out_RD: NDArray[np.float32]) -> int:
+    for row in range(values_RD.shape[0]):
+        largest = np.uint32(0)
+        for column in range(values_RD.shape[1]):
+            value = values_RD[row, column]
+            largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
+            out_RD[row, column] = value
+        if largest >= INFINITY:
+            return row
+    return NO_ROW
+
+
+@native(read(types.float32, 2), read(types.float32, 1), read(types.int64, 1), write(types.float32, 2))
+def add_weighted(
+    y_RD: NDArray[np.float32], weight_R: NDArray[np.float32], token_R: NDArray[np.int64], out_TD: NDArray[np.float32]
+) -> int:
+    """Multiply, round, add, round. Returns the first row whose token lies outside out_TD, or NO_ROW."""
+    for row in range(y_RD.shape[0]):
+        token = token_R[row]
+        if not 0 <= token < out_TD.shape[0]:
+            return row
+        weight = weight_R[row]
+        for column in range(y_RD.shape[1]):
+            out_TD[token, column] += y_RD[row, column] * weight
+    return NO_ROW

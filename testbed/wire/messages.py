@@ -1,0 +1,260 @@
+"""What travels between base station and node.
+
+A message is one msgpack header of at most 4 KiB and, for parts of a block, one raw payload frame
+(`quantization.py`). Limits are set before parsing; kind, fields, types and ranges are checked after it.
+
+    node -> BS    Hello  Heartbeat  Announce  Credit  ReplyPart  Rejected
+    BS -> node    Welcome  HelloAgain  Refuse  RequestPart  Goodbye
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import msgpack
+
+from testbed.errors import MessageError
+from testbed.wire.checks import (
+    MAX_FIGURES,
+    MAX_SEGMENTS,
+    MAX_TEXT,
+    Check,
+    is_duration,
+    is_figure,
+    is_figures,
+    is_held,
+    is_row_count,
+    is_segments,
+    is_text,
+    is_u16,
+    is_u64,
+    is_width,
+    one_of,
+    whole,
+)
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 4096
+
+
+def checked(check: Check) -> Any:
+    """A field that is accepted from the wire only if `check` holds."""
+    return field(metadata={"check": check})
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A node introduces itself; the BS binds `device` to the CURVE key that sent this."""
+
+    protocol: int = checked(whole(0, 2**31))
+    device: str = checked(is_text)
+    boot_id: int = checked(is_u64)  # drawn at process start: a restarted node is a new one
+    manifest_sha256: str = checked(is_text)
+    experts_held: list[int] = checked(is_held)  # noqa: RUF009 - checked() makes a field
+    emulated_flops_per_s: float | None = checked(is_figure)  # compute is padded to this; None: as fast as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent by the loop that computes, so that a hung node falls silent."""
+
+    sent_ns: int = checked(is_u64)  # the node's monotonic clock
+    figures: dict[str, Any] = checked(is_figures)  # noqa: RUF009 - checked() makes a field
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Before a long block: no sign of life will come for about `estimate_ns`, and that is no reason to worry."""
+
+    round: int = checked(is_u64)
+    rows: int = checked(is_row_count)
+    estimate_ns: int = checked(is_duration)
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """Bytes of the current block that have arrived: opens the sender's window."""
+
+    round: int = checked(is_u64)
+    attempt: int = checked(is_u16)
+    received_bytes: int = checked(is_u64)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPart:
+    """Part `part` of a block of `rows` rows, followed by its payload; `parts.py` says which rows it carries."""
+
+    run: int = checked(is_u64)
+    round: int = checked(is_u64)
+    attempt: int = checked(is_u16)
+    layer: int = checked(is_u16)
+    part: int = checked(is_u16)
+    parts: int = checked(whole(1, 2**16 - 1))
+    rows: int = checked(is_row_count)
+    width: int = checked(is_width)
+    scheme: str = checked(one_of("int8", "fp16", "bf16", "fp32"))
+    reply_scheme: str = checked(one_of("int8", "fp16", "bf16", "fp32"))
+    segments: list[list[int]] = checked(is_segments)  # noqa: RUF009 - checked() makes a field
+
+    def with_part(self, part: int) -> RequestPart:
+        return self if part == self.part else replace(self, part=part)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyPart:
+    """Part of the experts' outputs, rows in the order of the request, and where the node's time went."""
+
+    run: int = checked(is_u64)
+    round: int = checked(is_u64)
+    attempt: int = checked(is_u16)
+    part: int = checked(is_u16)
+    parts: int = checked(whole(1, 2**16 - 1))
+    rows: int = checked(is_row_count)
+    width: int = checked(is_width)
+    scheme: str = checked(one_of("int8", "fp16", "bf16", "fp32"))
+    received_ns: int = checked(is_u64)  # the node's monotonic clock when the last part of the request was read
+    sent_ns: int = checked(is_u64)  # ... when the first part of the reply was handed to the socket
+    queue_ns: int = checked(is_duration)
+    dequantise_ns: int = checked(is_duration)
+    compute_ns: int = checked(is_duration)
+    padding_ns: int = checked(is_duration)  # emulated compute time added after the real one
+    quantise_ns: int = checked(is_duration)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The node will not compute this block; it says why."""
+
+    round: int = checked(is_u64)
+    attempt: int = checked(is_u16)
+    reason: str = checked(is_text)
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The BS takes the node into the run."""
+
+    run: int = checked(is_u64)
+    heartbeat_ns: int = checked(whole(10**6, 10**12))
+    credit_bytes: int = checked(whole(1, 2**31))  # report the bytes of a block that arrived at least this often
+
+
+@dataclass(frozen=True, slots=True)
+class HelloAgain:
+    """The BS does not know this connection (it was restarted, or the link was): introduce yourself again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The BS will not work with this node, and waiting will not change that."""
+
+    reason: str = checked(is_text)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The run is over."""
+
+
+FROM_NODE = (Hello, Heartbeat, Announce, Credit, ReplyPart, Rejected)
+FROM_BASE_STATION = (Welcome, HelloAgain, Refuse, RequestPart, Goodbye)
+
+
+class _Layout(NamedTuple):
+    """How one kind of message travels: its number, then its fields in order."""
+
+    kind: int
+    message_type: type
+    names: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    def check(self, values: Sequence[Any]) -> None:
+        for name, accepts, value in zip(self.names, self.checks, values, strict=True):
+            if not accepts(value):
+                raise MessageError(f"{self.message_type.__name__}.{name}: {_shown(value)} is not acceptable")
+
+
+def _layouts(kinds: tuple[type, ...]) -> tuple[_Layout, ...]:
+    return tuple(
+        _Layout(kind, t, tuple(f.name for f in fields(t)), tuple(f.metadata["check"] for f in fields(t)))
+        for kind, t in enumerate(kinds)
+    )
+
+
+_FROM_NODE, _FROM_BASE_STATION = _layouts(FROM_NODE), _layouts(FROM_BASE_STATION)
+_LAYOUT_OF = {layout.message_type: layout for layout in (*_FROM_NODE, *_FROM_BASE_STATION)}
+
+
+def encode(message: Any) -> bytes:
+    """Header bytes of a message: a msgpack list of its kind and its fields in order.
+
+    Raises MessageError for what a receiver would not accept: a field out of its range, or more than 4 KiB.
+    """
+    layout = _LAYOUT_OF[type(message)]
+    values = [getattr(message, name) for name in layout.names]
+    layout.check(values)
+    try:
+        header: bytes = msgpack.packb([layout.kind, *values])
+    except UnicodeEncodeError as error:
+        raise MessageError(f"{type(message).__name__}: a text is not Unicode: {error.reason}") from error
+    if len(header) > MAX_HEADER_BYTES:
+        raise MessageError(
+            f"{type(message).__name__}: header of {len(header)} bytes, at most {MAX_HEADER_BYTES} travel"
+        )
+    return header
+
+
+def decode_from_node(header: bytes) -> Any:
+    """A message sent by a node, checked. Raises MessageError."""
+    return _decode(header, _FROM_NODE)
+
+
+def decode_from_base_station(header: bytes) -> Any:
+    """A message sent by the base station, checked. Raises MessageError."""
+    return _decode(header, _FROM_BASE_STATION)
+
+
+def _decode(header: bytes, layouts: tuple[_Layout, ...]) -> Any:
+    kind, *values = _parse(header)
+    if type(kind) is not int or not 0 <= kind < len(layouts):
+        raise MessageError(f"unknown message kind {_shown(kind)}")
+    layout = layouts[kind]
+    if len(values) != len(layout.names):
+        raise MessageError(f"{layout.message_type.__name__}: {len(values)} fields instead of {len(layout.names)}")
+    layout.check(values)
+    return layout.message_type(*values)
+
+
+def _parse(header: bytes) -> list[Any]:
+    if len(header) > MAX_HEADER_BYTES:
+        raise MessageError(f"header of {len(header)} bytes, at most {MAX_HEADER_BYTES} are read")
+    try:
+        values = msgpack.unpackb(
+            header,
+            max_str_len=4 * MAX_TEXT,  # bytes: a character takes at most four
+            max_bin_len=0,
+            max_array_len=MAX_SEGMENTS,
+            max_map_len=MAX_FIGURES,
+            max_ext_len=0,
+            strict_map_key=True,
+            object_pairs_hook=_without_repeats,
+        )
+    except (ValueError, OverflowError, TypeError) as error:  # what msgpack raises for bytes that are not ours
+        raise MessageError(f"header is not msgpack: {type(error).__name__}: {error!s:.80}") from error
+    if type(values) is not list or not values:
+        raise MessageError(f"header is {type(values).__name__}, not a list of kind and fields")
+    return values
+
+
+def _without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    figures = dict(pairs)
+    if len(figures) != len(pairs):
+        raise ValueError("a key comes twice in a map")
+    return figures
+
+
+def _shown(value: Any) -> str:
+    """For an error's line. What holds other values is only named: the repr of deep nesting would raise."""
+    return f"{value!r:.80}" if type(value) in (int, float, str, bool, type(None)) else f"a {type(value).__name__}"

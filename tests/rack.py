@@ -1,0 +1,95 @@
+"""A base station in this process and real node processes around it: real sockets, CURVE and an allow-list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bs_node.dispatcher import Dispatcher, WirelessDispatcher, WireSettings
+from bs_node.registry import Registry
+from bs_node.session import Session
+from bs_node.station import Station
+from testbed.checkpoint.manifest import Manifest, load_manifest
+from testbed.fleet.local import LocalFleet
+from testbed.latency.running_mean import RunningMean
+from testbed.policies.topk import TopK
+from testbed.wire.keys import enrolled_nodes, make_run_keys, read_pair
+from testbed.wire.sockets import AllowList, StationSocket
+
+HOST = "127.0.0.1"
+JOIN_S = 60.0
+REPLY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rack:
+    """A station whose nodes have all joined. `events` are (kind, facts), as the station and the fleet told them."""
+
+    split_dir: Path
+    manifest: Manifest
+    registry: Registry
+    station: Station
+    fleet: LocalFleet
+    events: list[tuple[str, dict[str, Any]]]
+
+    def wireless(self, down: str = "fp32", up: str = "fp32") -> WirelessDispatcher:
+        """A dispatcher over this rack's sockets. Of several, only one may be in a round."""
+        settings = WireSettings(down, up, part_bytes=65536, window_bytes=2**20, reply_s=REPLY_S)
+        return WirelessDispatcher(self.station, settings, len(self.manifest.devices))
+
+    def session(self, dispatcher: Dispatcher) -> Session:
+        """Nothing is logged; policy and dispatcher may be exchanged between two rounds."""
+        devices = len(self.manifest.devices)
+        return Session(TopK(), dispatcher, RunningMean(devices), self.registry.nodes)
+
+    def model(self, session: Session) -> Any:
+        """The base station's part of the model in fp32, its experts wherever the session's dispatcher finds them."""
+        from bs_node.model import load_bs_model
+        from bs_node.remote_experts import IMPLEMENTATION, attach
+
+        model = load_bs_model(self.split_dir, self.manifest, "float32", IMPLEMENTATION)
+        attach(model, self.manifest, session)
+        return model
+
+
+@contextmanager
+def rack(
+    split_dir: Path,
+    folder: Path,
+    *,
+    port_for_nodes: Callable[[int], int] = lambda port: port,
+    arguments: Sequence[str] = (),
+) -> Iterator[Rack]:
+    """Start a node process for every device of a split and wait until all have joined; stop them all at the end.
+
+    Keys and the nodes' output go into `folder`. `port_for_nodes` puts something between the station and its nodes;
+    `arguments` are given to every node.
+    """
+    manifest = load_manifest(split_dir)
+    with ExitStack() as stack:
+        make_run_keys(folder / "keys", list(manifest.devices))
+        enrolled = enrolled_nodes(folder / "keys" / "bs")
+        sockets = StationSocket(HOST, 0, read_pair(folder / "keys" / "bs", "bs"), AllowList(enrolled))
+        stack.callback(sockets.close)
+        events: list[tuple[str, dict[str, Any]]] = []
+
+        def on_event(kind: str, **facts: Any) -> None:
+            events.append((kind, facts))
+
+        registry = Registry(manifest, silence_ns=5_000_000_000)
+        station = Station(
+            sockets, registry, run=1, enrolled=enrolled, heartbeat_ns=500_000_000, credit_bytes=2**18, on_event=on_event
+        )
+        endpoint = f"tcp://{HOST}:{port_for_nodes(sockets.port)}"
+        argv_of = {
+            name: [*("--name", name, "--station", endpoint, "--shards", str(split_dir)),
+                   *("--keys", str(folder / "keys" / name), "--stop-with-parent", *arguments)]
+            for name in manifest.devices
+        }  # fmt: skip
+        fleet = stack.enter_context(LocalFleet(argv_of, folder / "nodes", on_event))
+        stack.callback(station.say_goodbye)
+        station.wait_for_all(JOIN_S, fleet.raise_if_dead)
+        yield Rack(split_dir, manifest, registry, station, fleet, events)

@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from testbed.errors import MessageError
+from testbed.wire import checks
+from testbed.wire.messages import (
+    FROM_BASE_STATION,
+    FROM_NODE,
+    MAX_HEADER_BYTES,
+    Announce,
+    Credit,
+    Heartbeat,
+    Hello,
+    Refuse,
+    Rejected,
+    ReplyPart,
+    RequestPart,
+    decode_from_base_station,
+    decode_from_node,
+    encode,
+)
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=checks.MAX_TEXT)
+figure = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63 - 1)
+u16, u64 = st.integers(0, 2**16 - 1), st.integers(0, 2**63 - 1)
+scheme = st.sampled_from(["int8", "fp16", "bf16", "fp32"])
+row_count = st.integers(1, 2**22)
+
+BY_CHECK: dict[Any, st.SearchStrategy[Any]] = {
+    checks.is_text: text,
+    checks.is_figure: figure,
+    checks.is_figures: st.dictionaries(st.text("abc_é", max_size=12), figure, max_size=checks.MAX_FIGURES),
+    checks.is_held: st.lists(u16, max_size=checks.MAX_SEGMENTS),
+    checks.is_segments: st.lists(st.tuples(st.integers(0, 2**15 - 1), row_count).map(list), min_size=1, max_size=400),
+    checks.is_u16: u16,
+    checks.is_u64: u64,
+    checks.is_row_count: row_count,
+    checks.is_width: st.integers(1, 2**20),
+    checks.is_duration: st.integers(0, 2**62),
+}
+BY_NAME = {
+    "protocol": st.integers(0, 2**31),
+    "parts": st.integers(1, 2**16 - 1),
+    "scheme": scheme,
+    "reply_scheme": scheme,
+    "heartbeat_ns": st.integers(10**6, 10**12),
+    "credit_bytes": st.integers(1, 2**31),
+}
+
+
+def messages_of(kind: type) -> st.SearchStrategy[Any]:
+    return st.builds(
+        kind,
+        **{f.name: BY_NAME[f.name] if f.name in BY_NAME else BY_CHECK[f.metadata["check"]] for f in fields(kind)},
+    )
+
+
+from_node = st.one_of([messages_of(kind) for kind in FROM_NODE])
+from_base_station = st.one_of([messages_of(kind) for kind in FROM_BASE_STATION])
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+REQUEST = RequestPart(7, 3, 0, 1, 0, 1, 5, 16, "int8", "fp16", [[2, 3], [6, 2]])
+REPLY = ReplyPart(7, 3, 0, 0, 1, 5, 16, "fp16", 10, 20, 1, 2, 3, 0, 4)
+
+
+def packed(*values: Any) -> bytes:
+    header: bytes = msgpack.packb(values)
+    return header
+
+
+def either_way(header: bytes) -> list[Any]:
+    """What the two sides make of a header: messages and MessageErrors, anything else fails the test."""
+    return [opened(decode, header) for decode in (decode_from_node, decode_from_base_station)]
+
+
+def opened(decode: Callable[[bytes], Any], header: bytes) -> Any:
+    try:
+        return decode(header)
+    except MessageError as error:
+        return error
+
+
+def assert_refused(header: bytes) -> None:
+    for result in either_way(header):
+        assert isinstance(result, MessageError), result
+        assert "\n" not in str(result)
+        assert len(str(result)) < 200
+
+
+@pytest.mark.parametrize("kind", FROM_NODE)
+@given(data=st.data())
+def test_every_message_of_a_node_arrives_as_it_was_sent(kind: type, data: st.DataObject) -> None:
+    message = data.draw(messages_of(kind))
+    header = encode(message)
+    assert len(header) <= MAX_HEADER_BYTES
+    assert decode_from_node(header) == message
+
+
+@pytest.mark.parametrize("kind", FROM_BASE_STATION)
+@given(data=st.data())
+def test_every_message_of_the_base_station_arrives_as_it_was_sent(kind: type, data: st.DataObject) -> None:
+    message = data.draw(messages_of(kind))
+    header = encode(message)
+    assert len(header) <= MAX_HEADER_BYTES
+    assert decode_from_base_station(header) == message
+
+
+@given(from_node, from_base_station)
+def test_no_message_is_taken_for_one_of_the_other_direction(node_message: Any, station_message: Any) -> None:
+    with pytest.raises(MessageError):
+        decode_from_base_station(encode(node_message))
+    with pytest.raises(MessageError):
+        decode_from_node(encode(station_message))
+
+
+@given(from_node | from_base_station, st.data())
+def test_what_encode_takes_is_what_decode_accepts(message: Any, data: st.DataObject) -> None:
+    names = [f.name for f in fields(message)]
+    changed = data.draw(st.dictionaries(st.sampled_from(names), anything, max_size=2)) if names else {}
+    message = replace(message, **changed)
+    try:
+        header = encode(message)
+    except MessageError:
+        return
+    assert message in either_way(header)
+
+
+@given(st.binary(max_size=MAX_HEADER_BYTES + 1))
+def test_arbitrary_bytes_are_a_message_error(header: bytes) -> None:
+    for result in either_way(header):
+        assert isinstance(result, MessageError) or encode(result)
+
+
+@given(st.lists(anything, max_size=16), st.integers(-1, 7))
+def test_arbitrary_fields_are_a_message_error_or_a_message_in_order(values: list[Any], kind: int) -> None:
+    try:
+        header = packed(kind, *values)
+    except OverflowError:  # beyond 64 bits
+        return
+    for result in either_way(header):
+        assert isinstance(result, MessageError) or encode(result)
+
+
+@given(from_node | from_base_station, st.data())
+def test_a_cut_or_lengthened_header_is_refused(message: Any, data: st.DataObject) -> None:
+    header = encode(message)
+    assert_refused(header[: data.draw(st.integers(0, len(header) - 1))])
+    assert_refused(header + data.draw(st.binary(min_size=1, max_size=64)))
+
+
+@given(from_node | from_base_station, st.data())
+def test_a_header_with_flipped_bits_is_refused_or_still_keeps_every_rule(message: Any, data: st.DataObject) -> None:
+    header = bytearray(encode(message))
+    for bit in data.draw(st.lists(st.integers(0, len(header) * 8 - 1), min_size=1, max_size=8)):
+        header[bit // 8] ^= 1 << bit % 8
+    for result in either_way(bytes(header)):
+        assert isinstance(result, MessageError) or encode(result)
+
+
+def test_a_header_above_4096_bytes_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def must_not_parse(*_: Any, **__: Any) -> None:
+        pytest.fail("was parsed")
+
+    monkeypatch.setattr(msgpack, "unpackb", must_not_parse)
+    with pytest.raises(MessageError, match="header of 4097 bytes, at most 4096 are read"):
+        decode_from_node(bytes(4097))
+    with pytest.raises(MessageError, match="header of 4097 bytes, at most 4096 are read"):
+        decode_from_base_station(bytes(4097))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xdc\x03\xe8" * 2333,  # 7 000 bytes that made 54 MB
+        b"\xdc\x02\x00" * 1365,
+        b"\xdc\x02\x00" * 1023,
+        b"\xdd\x00\x00\x02\x00" * 800,
+        b"\xde\x00\x30" * 1000,
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xc9\xff\xff\xff\xff\x01",
+    ],
+)
+def test_a_small_header_cannot_claim_much_memory(header: bytes) -> None:
+    tracemalloc.start()
+    try:
+        assert_refused(header)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 10, 500, 990, 1000, 1010, 1022, 1023, 1024, 4000])
+def test_nested_arrays_and_maps_are_refused_at_any_depth(depth: int) -> None:
+    arrays = b"\x91" * depth + b"\x00"
+    maps = b"\x81\xa1k" * (depth // 3 + 2) + b"\x00"
+    for nested in (arrays, maps):
+        assert_refused(nested)
+        assert_refused(b"\x93\x01\x00" + nested)  # as a heartbeat's figures
+        assert_refused(b"\x92\x02" + nested)  # as the reason of a refusal
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\x90",
+        b"\xc0",
+        b"\x80",
+        b"\xa5hello",
+        b"\xc1",
+        packed([0]),
+        packed(None),
+        packed(True),
+        packed(1.0),
+        packed("0"),
+        packed(-1),
+        packed(6),
+        packed(99, 1, 2, 3),
+        packed(2**64 - 1),
+        packed({}),
+        b"\x80\x05\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x08builtins\x94.",  # a pickle
+    ],
+)
+def test_what_is_no_list_of_a_known_kind_and_its_fields_is_refused(header: bytes) -> None:
+    assert_refused(header)
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_a_field_too_many_or_too_few_is_refused(kind: int) -> None:
+    lengths = {len(fields(kinds[kind])) for kinds in (FROM_NODE, FROM_BASE_STATION) if kind < len(kinds)}
+    for length in set(range(20)) - lengths:
+        assert_refused(packed(kind, *[1] * length))
+
+
+@pytest.mark.parametrize(
+    "extension",
+    [
+        b"\xd4\x01\x00",
+        b"\xd6\xff\x00\x00\x00\x00",  # timestamps
+        b"\xd7\xff" + bytes(8),
+        b"\xc7\x0c\xff" + bytes(8) + b"\x00\x00\x00\x03",
+        b"\xc7\x0c\xff" + b"\xff" * 12,
+        b"\xc7\x00\x01",
+        b"\xc7\x00\xff",
+        b"\xc4\x01x",  # binary
+        b"\xc4\x00",
+    ],
+)
+def test_extension_types_and_binary_are_refused_wherever_they_stand(extension: bytes) -> None:
+    for header in (
+        extension,
+        b"\x91" + extension,
+        b"\x92\x02" + extension,
+        b"\x93\x01\x00" + extension,
+        b"\x93\x01\x00\x81\xa1k" + extension,
+        b"\x93\x01\x00\x81" + extension + b"\x00",
+    ):
+        assert_refused(header)
+
+
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), float("-inf"), True, False, 2**63, 2**64 - 1, "1", [], {}, [1.0], {"k": 1.0}]
+)
+def test_a_figure_must_be_a_finite_number(bad: Any) -> None:
+    with pytest.raises(MessageError, match=r"Heartbeat\.figures"):
+        encode(Heartbeat(1, {"cpu_percent": bad}))
+    with pytest.raises(MessageError, match=r"Hello\.emulated_flops_per_s"):
+        encode(Hello(1, "near", 1, "0" * 64, [1], bad))
+    assert_refused(packed(1, 1, {"cpu_percent": bad}))
+    assert_refused(packed(0, 1, "near", 1, "0" * 64, [1], bad))
+
+
+@pytest.mark.parametrize(
+    "figures", [b"\x82\xa1k\x01\xa1k\x01", b"\x82\xa1k\x01\xa1k\x02", b"\x81\x01\x01", b"\x81\xc0\x01", b"\x81\x90\x01"]
+)
+def test_a_key_that_comes_twice_or_is_no_text_is_refused(figures: bytes) -> None:
+    assert decode_from_node(b"\x93\x01\x00\x81\xa1k\x01") == Heartbeat(0, {"k": 1})
+    assert_refused(b"\x93\x01\x00" + figures)
+
+
+@pytest.mark.parametrize("message", [REQUEST, REPLY], ids=["request", "reply"])
+@pytest.mark.parametrize("bad", [True, None, -1, 2**63, 2**64 - 1, 1.0, "1", [1]])
+def test_a_whole_number_is_nothing_else_and_within_its_range(message: Any, bad: Any) -> None:
+    for f in fields(message):
+        if f.type == "int":
+            wrong = replace(message, **{f.name: bad})
+            with pytest.raises(MessageError, match=rf"{type(message).__name__}\.{f.name}"):
+                encode(wrong)
+            assert_refused(packed((*FROM_NODE, *FROM_BASE_STATION).index(type(message)) % 6, *values_of(wrong)))
+
+
+def values_of(message: Any) -> list[Any]:
+    return [getattr(message, f.name) for f in fields(message)]
+
+
+@pytest.mark.parametrize("name", ["rows", "width", "parts"])
+def test_a_block_has_at_least_one_row_one_column_and_one_part(name: str) -> None:
+    for message in (REQUEST, REPLY):
+        nothing: Any = {name: 0}
+        with pytest.raises(MessageError, match=name):
+            encode(replace(message, **nothing))
+
+
+@pytest.mark.parametrize("bad", ["int4", "INT8", "", "pickle", b"int8", ["int8"], None, 8])
+def test_an_unknown_scheme_is_refused(bad: Any) -> None:
+    for message in (replace(REQUEST, scheme=bad), replace(REQUEST, reply_scheme=bad), replace(REPLY, scheme=bad)):
+        with pytest.raises(MessageError, match="scheme"):
+            encode(message)
+    assert_refused(packed(3, *values_of(replace(REQUEST, scheme=bad))))
+    assert_refused(packed(4, *values_of(replace(REPLY, scheme=bad))))
+
+
+@pytest.mark.parametrize(
+    "bad", [[], [[]], [[1]], [[1, 0]], [[1, 2, 3]], [[-1, 2]], [[2**15, 2]], [[1, 2**22 + 1]], [[1, True]], [1, 2], {}]
+)
+def test_segments_are_pairs_of_an_expert_and_its_rows(bad: Any) -> None:
+    with pytest.raises(MessageError, match="segments"):
+        encode(replace(REQUEST, segments=bad))
+    assert_refused(packed(3, *values_of(replace(REQUEST, segments=bad))))
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (replace(REQUEST, segments=[[e, 1] for e in range(513)]), "RequestPart.segments: a list is not acceptable"),
+        (replace(REQUEST, segments=[[300 + e, 2**22] for e in range(500)]), "RequestPart: header of .* at most 4096"),
+        (Rejected(1, 0, "x" * 513), "Rejected.reason"),
+        (Refuse("x" * 513), "Refuse.reason"),
+        (Refuse("no\ud800text"), "Refuse: a text is not Unicode"),
+        (Hello(1, "near", 1, "0" * 64, [1] * 513, None), "Hello.experts_held"),
+        (Heartbeat(1, {f"figure {n}": 1.0 for n in range(49)}), "Heartbeat.figures"),
+        (Heartbeat(1, {f"{n:0512}": 1.0 for n in range(48)}), "Heartbeat: header of .* at most 4096"),
+        (Announce(2**63, 1, 1), "Announce.round"),
+        (Credit(1, 2**16, 1), "Credit.attempt"),
+    ],
+)
+def test_encode_refuses_what_the_other_side_would_not_take(message: Any, words: str) -> None:
+    with pytest.raises(MessageError, match=f"^{words}"):
+        encode(message)
+
+
+def test_a_reason_in_any_script_may_have_all_its_512_characters() -> None:
+    for character in ("x", "é", "漢", "🛰"):
+        reason = Rejected(1, 0, character * checks.MAX_TEXT)
+        assert decode_from_node(encode(reason)) == reason
+
+
+def test_a_part_of_the_same_block_differs_in_its_number_only() -> None:
+    assert REQUEST.with_part(0) is REQUEST
+    assert replace(REQUEST.with_part(4), part=0) == REQUEST
+    assert REQUEST.with_part(4).part == 4

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from testbed.errors import MessageError
+from testbed.wire.messages import ReplyPart, RequestPart
+from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, KeptRows, part_count, part_rows
+from testbed.wire.quantization import SCHEMES, pack, quantise, unpack
+
+REQUEST = RequestPart(7, 3, 0, 1, 0, 4, 10, 6, "int8", "fp16", [[2, 3], [6, 7]])
+REPLY = ReplyPart(7, 3, 0, 0, 4, 10, 6, "fp16", 10, 20, 1, 2, 3, 0, 4)
+schemes = st.sampled_from(sorted(SCHEMES))
+
+
+def hidden(rows: int, width: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+
+
+def payloads(x_RD: NDArray[np.float32], scheme: str, parts: int) -> list[bytes]:
+    """The payload of every part of a block."""
+    quantised, result = quantise(x_RD, SCHEMES[scheme]), []
+    for part in range(parts):
+        rows = np.arange(len(x_RD))[part_rows(len(x_RD), parts, part)]
+        payload = bytearray(SCHEMES[scheme].payload_bytes(len(rows), x_RD.shape[1]))
+        pack(quantised, rows, memoryview(payload))
+        result.append(bytes(payload))
+    return result
+
+
+@given(rows=st.integers(1, 5000), row_bytes=st.integers(1, 5000), part_bytes=st.integers(1, 70_000))
+def test_parts_cover_every_row_exactly_once_in_order(rows: int, row_bytes: int, part_bytes: int) -> None:
+    parts = part_count(rows, row_bytes, part_bytes)
+    covered = [row for part in range(parts) for row in range(rows)[part_rows(rows, parts, part)]]
+    assert covered == list(range(rows))
+
+
+@given(rows=st.integers(1, 5000), row_bytes=st.integers(1, 5000), part_bytes=st.integers(1, 70_000))
+def test_no_part_is_empty_and_none_is_above_part_bytes_unless_one_row_is(
+    rows: int, row_bytes: int, part_bytes: int
+) -> None:
+    parts = part_count(rows, row_bytes, part_bytes)
+    for part in range(parts):
+        place = part_rows(rows, parts, part)
+        in_part = place.stop - place.start
+        assert in_part == 1 or 1 < in_part <= part_bytes // row_bytes
+
+
+@given(rows=st.integers(1, 300), parts=st.integers(1, 400))
+def test_a_claimed_number_of_parts_is_taken_only_if_it_leaves_none_empty(rows: int, parts: int) -> None:
+    claim = replace(REQUEST, rows=rows, parts=parts)
+    if all(part_rows(rows, parts, part).start < rows for part in range(parts)):
+        Assembler(claim, KeptRows())
+    else:
+        with pytest.raises(MessageError, match=f"{rows} rows do not travel in {parts} parts"):
+            Assembler(claim, KeptRows())
+
+
+@given(shape=st.tuples(st.integers(1, 60), st.integers(1, 20)), scheme=schemes, data=st.data())
+@pytest.mark.parametrize("first", [REQUEST, REPLY], ids=["request", "reply"])
+def test_parts_in_any_order_give_what_the_whole_block_gives(
+    first: Any, shape: tuple[int, int], scheme: str, data: st.DataObject
+) -> None:
+    (rows, width), part_bytes = shape, data.draw(st.integers(1, 900))
+    parts = part_count(rows, SCHEMES[scheme].row_bytes(width), part_bytes)
+    x_RD = hidden(rows, width, seed=rows)
+    sent = payloads(x_RD, scheme, parts)
+    order = data.draw(st.permutations(range(parts)))
+    header = replace(first, rows=rows, width=width, scheme=scheme, parts=parts)
+    assembler = Assembler(replace(header, part=order[0]), KeptRows())
+    complete = [assembler.add(replace(header, part=part), memoryview(sent[part])) for part in order]
+    whole_RD = np.empty_like(x_RD)
+    unpack(payloads(x_RD, scheme, 1)[0], rows, width, SCHEMES[scheme], whole_RD)
+    assert complete == [False] * (parts - 1) + [True]
+    assert assembler.block_RD.tobytes() == whole_RD.tobytes()
+    assert assembler.payload_bytes == SCHEMES[scheme].payload_bytes(rows, width)
+
+
+def started(first: Any) -> tuple[Assembler, list[bytes]]:
+    """A block of which part 0 has arrived."""
+    sent = payloads(hidden(first.rows, first.width), first.scheme, first.parts)
+    assembler = Assembler(first, KeptRows())
+    assert not assembler.add(first, sent[0])
+    return assembler, sent
+
+
+@pytest.mark.parametrize("first", [REQUEST, REPLY], ids=["request", "reply"])
+@pytest.mark.parametrize("part", [0, 4, 5, 65535])
+def test_a_repeated_part_and_one_that_does_not_exist_are_refused(first: Any, part: int) -> None:
+    assembler, sent = started(first)
+    before = assembler.block_RD.copy()
+    with pytest.raises(MessageError, match=f"part {part} of 4 came twice or does not exist"):
+        assembler.add(replace(first, part=part), sent[0])
+    assert assembler.block_RD[:3].tobytes() == before[:3].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("first", "change"),
+    [
+        *[(REQUEST, {name: 9}) for name in ("run", "round", "attempt", "layer", "rows", "width", "parts")],
+        (REQUEST, {"scheme": "fp32"}),
+        (REQUEST, {"reply_scheme": "fp32"}),
+        (REQUEST, {"segments": [[2, 4], [6, 6]]}),
+        *[(REPLY, {name: 9}) for name in ("run", "round", "attempt", "rows", "width", "parts", "compute_ns")],
+        (REPLY, {"scheme": "fp32"}),
+    ],
+)
+def test_a_part_that_contradicts_the_first_or_belongs_to_another_block_is_refused(
+    first: Any, change: dict[str, Any]
+) -> None:
+    assembler, sent = started(first)
+    with pytest.raises(MessageError, match="part 1 contradicts the first part of its block"):
+        assembler.add(replace(first, part=1, **change), sent[1])
+
+
+def test_a_reply_is_not_taken_into_a_request() -> None:
+    assembler, sent = started(REQUEST)
+    with pytest.raises(MessageError, match="contradicts"):
+        assembler.add(replace(REPLY, part=1), sent[1])
+
+
+@pytest.mark.parametrize("payload", [b"", b"x", bytes(1000)])
+def test_a_payload_of_another_length_is_refused_and_may_come_again_rightly(payload: bytes) -> None:
+    assembler, sent = started(REQUEST)
+    with pytest.raises(MessageError, match="payload of"):
+        assembler.add(REQUEST.with_part(1), payload)
+    assert [assembler.add(REQUEST.with_part(part), sent[part]) for part in (1, 2, 3)] == [False, False, True]
+
+
+def test_a_block_with_a_missing_part_is_never_complete() -> None:
+    assembler, sent = started(REQUEST)
+    assert not assembler.add(REQUEST.with_part(1), sent[1])
+    assert not assembler.add(REQUEST.with_part(3), sent[3])
+
+
+class NoRoom(KeptRows):
+    def take(self, rows: int, width: int) -> NDArray[np.float32]:
+        pytest.fail(f"memory for {rows} x {width} was taken")
+
+
+@pytest.mark.parametrize(
+    ("change", "max_bytes"),
+    [
+        ({"rows": 2**22, "width": 2**20, "parts": 1}, MAX_BLOCK_BYTES),
+        ({"rows": 2**18, "width": 2**10 + 1, "parts": 1}, MAX_BLOCK_BYTES),
+        ({}, 10 * 6 * 4 - 1),
+        ({"parts": 11}, MAX_BLOCK_BYTES),
+        ({"parts": 65535}, MAX_BLOCK_BYTES),
+    ],
+)
+def test_a_claim_that_cannot_be_is_refused_before_memory_is_taken(change: dict[str, Any], max_bytes: int) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(MessageError, match=r"above the limit of|do not travel in"):
+            Assembler(replace(REQUEST, **change), NoRoom(), max_bytes)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_block_of_exactly_the_limit_is_taken() -> None:
+    Assembler(REQUEST, KeptRows(), max_bytes=10 * 6 * 4)
+
+
+def test_kept_rows_use_their_memory_again_and_grow_only_when_they_must() -> None:
+    room = KeptRows()
+    large = room.take(8, 5)
+    assert large.shape == (8, 5)
+    for rows, width in ((8, 5), (1, 1), (4, 10), (5, 8)):
+        taken = room.take(rows, width)
+        assert taken.shape == (rows, width)
+        assert taken.flags.c_contiguous
+        assert np.shares_memory(taken, large)
+    assert not np.shares_memory(room.take(9, 5), large)
