@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
+import re
 import secrets
 import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from jetson_node.experts import make_experts
 from jetson_node.link import Link
@@ -29,30 +32,69 @@ EXAMPLES = """examples:
 """
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as every other mistake is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def endpoint(text: str) -> str:
+    found = re.fullmatch(r"tcp://[^\s:/]+:(\d{1,5})", text)
+    if found is None or not 0 < int(found[1]) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not tcp://ADDRESS:PORT")
+    return text
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    number = seconds(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = OneLineParser(
         prog="testbed node", description="Run the experts of one device for a base station.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("--name", required=True, help="this device's name, as enrolled at the base station")
-    p.add_argument("--station", required=True, help="where the base station listens, e.g. tcp://10.0.0.1:5555")
+    p.add_argument(
+        "--station", required=True, type=endpoint, help="where the base station listens, e.g. tcp://10.0.0.1:5555"
+    )
     p.add_argument("--shards", required=True, type=Path, help="folder with manifest.json and this device's shard")
     p.add_argument("--keys", type=Path, help="folder with NAME.key, NAME.pub and bs.pub")
     p.add_argument("--insecure", action="store_true", help="no encryption and no keys: for measuring their cost only")
     p.add_argument("--backend", choices=("auto", "torch", "numpy"), default="auto", help="what computes the FFN")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="compute type")
-    p.add_argument("--threads", type=int, default=1, help="threads of the CPU backend (default 1)")
-    p.add_argument("--part-bytes", type=int, default=65536, help="largest part of a reply (default 65536)")
-    p.add_argument("--emulated-flops-per-s", type=float, help="pad compute to a device of this speed (Eq. 4)")
-    p.add_argument("--join-timeout-s", type=float, default=30.0, help="give up when not taken in; 0 waits for ever")
+    p.add_argument("--threads", type=count, default=1, help="threads of the CPU backend (default 1)")
+    p.add_argument("--part-bytes", type=count, default=65536, help="largest part of a reply (default 65536)")
+    p.add_argument("--emulated-flops-per-s", type=rate, help="pad compute to a device of this speed (Eq. 4)")
+    p.add_argument("--join-timeout-s", type=seconds, default=30.0, help="give up when not taken in; 0 waits for ever")
     p.add_argument("--stop-with-parent", action="store_true", help="end when the process that started this one ends")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a node until the base station says goodbye. Returns the exit code; a mistake is one line on stderr."""
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         _serve(args, _stop_condition(args.stop_with_parent))
     except WdmoeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -111,8 +153,6 @@ def _socket_maker(args: argparse.Namespace) -> Callable[[], NodeSocket]:
 def _emulated_s_per_row(flops_per_s: float | None, manifest: Manifest) -> float:
     if flops_per_s is None:
         return 0.0
-    if not flops_per_s > 0:
-        raise ConfigError(f"--emulated-flops-per-s {flops_per_s}: must be above 0")
     spec = manifest.layers[0].spec
     return expert_flop_per_row(spec.width, spec.inner, spec.has_gate) / flops_per_s
 

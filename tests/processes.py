@@ -22,7 +22,7 @@ from testbed.runlog.schema import EVENTS
 MARK = "TESTBED_TEST_MARK"  # inherited by every descendant, whoever its parent is by then
 TESTBED = str(Path(sys.executable).with_name("testbed"))
 JETSON_NODE = (sys.executable, "-m", "jetson_node")
-LOOK_EVERY_S = 0.02
+LOOK_EVERY_S = 0.05
 
 T = TypeVar("T")
 
@@ -111,12 +111,11 @@ def run_file(
     folder: Path,
     text: str = "",
     *,
-    devices: int = 8,
-    device: str = "",
+    devices: Sequence[str] = ("",) * 8,
     policies: Sequence[str] = ('name = "topk"',),
 ) -> Path:
-    """Write a run file whose logs go to `logs` beside it. `device` and `policies` are lines of their tables."""
-    tables = [f'[[device]]\nname = "jetson-{n}"\n{device}' for n in range(devices)]
+    """Write a run file whose logs go to `logs` beside it. `devices` and `policies` are lines of their tables."""
+    tables = [f'[[device]]\nname = "jetson-{n}"\n{device}' for n, device in enumerate(devices)]
     tables += [f"[[policy]]\n{policy}" for policy in policies]
     log = f'[log]\ndirectory = "{folder / "logs"}"\nsegment_rows = 4096'
     path = folder / "run.toml"

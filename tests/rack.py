@@ -26,14 +26,16 @@ REPLY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Rack:
-    """A station whose nodes have all joined. `events` are (kind, facts), as the station and the fleet told them."""
+    """A station whose nodes have all joined."""
 
     split_dir: Path
     manifest: Manifest
-    registry: Registry
-    station: Station
+    listening: Listening
     fleet: LocalFleet
-    events: list[tuple[str, dict[str, Any]]]
+
+    @property
+    def station(self) -> Station:
+        return self.listening.station
 
     def wireless(self, down: str = "fp32", up: str = "fp32") -> WirelessDispatcher:
         """A dispatcher over this rack's sockets. Of several, only one may be in a round."""
@@ -43,7 +45,7 @@ class Rack:
     def session(self, dispatcher: Dispatcher) -> Session:
         """Nothing is logged; policy and dispatcher may be exchanged between two rounds."""
         devices = len(self.manifest.devices)
-        return Session(TopK(), dispatcher, RunningMean(devices), self.registry.nodes)
+        return Session(TopK(), dispatcher, RunningMean(devices), self.station.registry.nodes)
 
     def model(self, session: Session) -> Any:
         """The base station's part of the model in fp32, its experts wherever the session's dispatcher finds them."""
@@ -53,6 +55,46 @@ class Rack:
         model = load_bs_model(self.split_dir, self.manifest, "float32", IMPLEMENTATION)
         attach(model, self.manifest, session)
         return model
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A base station that listens, without nodes yet; it hears them while somebody calls `station.receive`."""
+
+    station: Station
+    keys: Path  # a folder per device, and the base station's own
+    port: int
+    events: list[tuple[str, dict[str, Any]]]
+
+    def node_arguments(self, name: str, split_dir: Path, port: int | None = None) -> list[str]:
+        """What one types on a board to start the node `name`."""
+        endpoint = f"tcp://{HOST}:{port or self.port}"
+        return [*("--name", name, "--station", endpoint, "--shards", str(split_dir)), "--keys", str(self.keys / name)]
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """The facts of all events of a kind."""
+        return [facts for told, facts in self.events if told == kind]
+
+
+@contextmanager
+def base_station(manifest: Manifest, folder: Path) -> Iterator[Listening]:
+    """Make keys for every device of the manifest in `folder`, and listen."""
+    keys = folder / "keys"
+    make_run_keys(keys, list(manifest.devices))
+    enrolled = enrolled_nodes(keys / "bs")
+    events: list[tuple[str, dict[str, Any]]] = []
+
+    def on_event(kind: str, **facts: Any) -> None:
+        events.append((kind, facts))
+
+    sockets = StationSocket(HOST, 0, read_pair(keys / "bs", "bs"), AllowList(enrolled))
+    try:
+        registry = Registry(manifest, silence_ns=5_000_000_000)
+        every = {"heartbeat_ns": 500_000_000, "credit_bytes": 2**18}
+        station = Station(sockets, registry, run=1, enrolled=enrolled, on_event=on_event, **every)
+        yield Listening(station, keys, sockets.port, events)
+    finally:
+        sockets.close()
 
 
 @contextmanager
@@ -69,27 +111,17 @@ def rack(
     `arguments` are given to every node.
     """
     manifest = load_manifest(split_dir)
-    with ExitStack() as stack:
-        make_run_keys(folder / "keys", list(manifest.devices))
-        enrolled = enrolled_nodes(folder / "keys" / "bs")
-        sockets = StationSocket(HOST, 0, read_pair(folder / "keys" / "bs", "bs"), AllowList(enrolled))
-        stack.callback(sockets.close)
-        events: list[tuple[str, dict[str, Any]]] = []
+    with base_station(manifest, folder) as listening:
+        port = port_for_nodes(listening.port)
+        argv_of = {
+            name: [*listening.node_arguments(name, split_dir, port), "--stop-with-parent", *arguments]
+            for name in manifest.devices
+        }
 
         def on_event(kind: str, **facts: Any) -> None:
-            events.append((kind, facts))
+            listening.events.append((kind, facts))
 
-        registry = Registry(manifest, silence_ns=5_000_000_000)
-        station = Station(
-            sockets, registry, run=1, enrolled=enrolled, heartbeat_ns=500_000_000, credit_bytes=2**18, on_event=on_event
-        )
-        endpoint = f"tcp://{HOST}:{port_for_nodes(sockets.port)}"
-        argv_of = {
-            name: [*("--name", name, "--station", endpoint, "--shards", str(split_dir)),
-                   *("--keys", str(folder / "keys" / name), "--stop-with-parent", *arguments)]
-            for name in manifest.devices
-        }  # fmt: skip
-        fleet = stack.enter_context(LocalFleet(argv_of, folder / "nodes", on_event))
-        stack.callback(station.say_goodbye)
-        station.wait_for_all(JOIN_S, fleet.raise_if_dead)
-        yield Rack(split_dir, manifest, registry, station, fleet, events)
+        with LocalFleet(argv_of, folder / "nodes", on_event) as fleet:
+            listening.station.wait_for_all(JOIN_S, fleet.raise_if_dead)
+            yield Rack(split_dir, manifest, listening, fleet)
+            listening.station.say_goodbye()

@@ -29,3 +29,5 @@ def command(
         print_json_line(results.document())
     else:
         console().print(results.table())
+        for note in results.notes():
+            console().print(note, soft_wrap=True)

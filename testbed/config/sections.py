@@ -157,6 +157,17 @@ class ListenSection(Section):
         return f"tcp://{self.host}:{self.port or '*'}"
 
 
+class FleetSection(Section):
+    start: Literal["local", "none"] = "local"  # start the nodes on this machine, or wait for those on boards
+    keys: Folder | None = None  # made by `testbed keys`; None: keys for this run only, where it starts the nodes
+
+    @model_validator(mode="after")
+    def _nodes_elsewhere_need_lasting_keys(self) -> FleetSection:
+        if self.start == "none" and self.keys is None:
+            raise ValueError('start = "none" needs keys: make a folder of them with `testbed keys`, and name it here')
+        return self
+
+
 class RunConfig(Section):
     name: Annotated[str, AfterValidator(_run_name)]
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
@@ -171,6 +182,7 @@ class RunConfig(Section):
     estimator: EstimatorSection = EstimatorSection()
     log: LogSection = LogSection()
     listen: ListenSection = ListenSection()
+    fleet: FleetSection = FleetSection()
 
     @field_validator("devices")
     @classmethod

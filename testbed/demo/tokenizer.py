@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,5 +38,6 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> torch.Tensor:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    wrap: Any = PreTrainedTokenizerFast
+    fast = wrap(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     fast.save_pretrained(out)

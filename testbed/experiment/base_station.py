@@ -99,6 +99,11 @@ class BaseStation:
         self._station.wait_for_all(self._config.timeouts.join_s, still_possible)
         self._recorder.event("all_joined", after_s=time.monotonic() - started_s)
 
+    def emulated(self) -> dict[str, Any]:
+        """What the nodes said of themselves when they joined."""
+        rates = {n.name: n.emulated_flops_per_s for n in self._registry.nodes if n.emulated_flops_per_s is not None}
+        return {"compute_flops_per_s": rates} if rates else {}
+
     @torch.inference_mode()
     def run_policy(self, index: int, policy: Policy, label: str, progress: Progress) -> None:
         """Score and continue every window of the workload under one policy."""
@@ -154,7 +159,7 @@ class BaseStation:
         self._station.say_goodbye()
 
 
-class TokenStamps(BaseStreamer):  # type: ignore[misc] # transformers has no types
+class TokenStamps(BaseStreamer):
     """Hears of the prompt first, then of every generated token."""
 
     def __init__(self) -> None:

@@ -75,12 +75,17 @@ class Results:
 
     def table(self) -> Table:
         """For people."""
-        notes = [] if self.valid else [INVALID]
-        if self.emulated:
-            notes.append("emulated: compute padded to the run file's FLOP/s")
-        notes.append(f"links: {self.links}")
-        title = f"{self.run}  ({'; '.join(notes)})"
-        return table(title, [title for title, _ in COLUMNS], [[show(row) for _, show in COLUMNS] for row in self.rows])
+        title = f"Run {self.run}" + ("" if self.valid else f"  {INVALID}")
+        return table(title, [head for head, _ in COLUMNS], [[show(row) for _, show in COLUMNS] for row in self.rows])
+
+    def notes(self) -> list[str]:
+        """What one must know beside the table."""
+        emulated = "compute, padded to each device's FLOP/s of the run file" if self.emulated else "nothing"
+        return [
+            f"emulated: {emulated}; links: {self.links}; everything else measured",
+            "cut: of the sum of prefill block times, against topk on the same text",
+            f"log: {self.run_dir}",
+        ]
 
 
 INVALID = "INVALID: too many tokens lost all their experts"
@@ -101,18 +106,16 @@ def _name(row: PolicyResult) -> str:
 
 COLUMNS: list[tuple[str, Callable[[PolicyResult], str]]] = [
     ("policy", _name),
-    ("prefill block ms\np50 / p95", lambda r: _pair(r.prefill_block_p50_s, r.prefill_block_p95_s)),
-    ("cut", lambda r: _percent(r.prefill_cut)),
-    ("decode ms/token\nexpert rounds", lambda r: _pair(r.decode_rounds_p50_s, r.decode_rounds_p95_s)),
-    ("decode ms/token\nwith BS", lambda r: _pair(r.decode_token_p50_s, r.decode_token_p95_s)),
-    ("perplexity", lambda r: f"{r.perplexity:.3f}"),
-    ("next token", lambda r: _percent(r.accuracy)),
-    ("kept", lambda r: _percent(r.kept_fraction)),
-    ("mass\ndropped", lambda r: _percent(r.dropped_mass)),
-    ("MB\ndown / up", lambda r: _pair(r.megabytes_down, r.megabytes_up, 1)),
-    ("late", lambda r: str(r.late)),
-    ("lost", lambda r: str(r.lost)),
-    ("orphaned", lambda r: str(r.orphaned)),
+    ("prefill\nms/block\np50 / p95", lambda r: _pair(r.prefill_block_p50_s, r.prefill_block_p95_s)),
+    ("\n\ncut", lambda r: _percent(r.prefill_cut)),
+    ("decode ms/token\nexpert rounds\np50 / p95", lambda r: _pair(r.decode_rounds_p50_s, r.decode_rounds_p95_s)),
+    ("decode ms/token\nand BS compute\np50 / p95", lambda r: _pair(r.decode_token_p50_s, r.decode_token_p95_s)),
+    ("\nper-\nplexity", lambda r: f"{r.perplexity:.3f}"),
+    ("next\ntoken\nright", lambda r: _percent(r.accuracy)),
+    ("\nexperts\nkept", lambda r: _percent(r.kept_fraction)),
+    ("gate\nmass\ndropped", lambda r: _percent(r.dropped_mass)),
+    ("MB\ndown\n/ up", lambda r: _pair(r.megabytes_down, r.megabytes_up, 1)),
+    ("late\n/ lost\n/ orphaned", lambda r: f"{r.late} / {r.lost} / {r.orphaned}"),
 ]
 
 
@@ -185,7 +188,8 @@ def _policy_result(
 def _round_s(rounds: pa.Table, phase: GenerationPhase) -> Floats:
     """Seconds of each expert round of a phase, once per round, in their order."""
     chosen = rounds.filter(pc.and_(pc.equal(rounds["phase"], int(phase)), pc.equal(rounds["device"], 0)))
-    return chosen["round_ns"].to_numpy() / 1e9
+    seconds: Floats = chosen["round_ns"].to_numpy() / 1e9
+    return seconds
 
 
 def _kept(tokens: pa.Table) -> tuple[float, float]:

@@ -51,20 +51,21 @@ def run_experiment(
                 segment_rows=config.log.segment_rows,
             )
         )  # fmt: skip
-        keys = None if insecure else stack.enter_context(run_keys(list(manifest.devices)))
+        keys = None if insecure else config.fleet.keys or stack.enter_context(run_keys(list(manifest.devices)))
         enrolled = None if keys is None else enrolled_nodes(keys / "bs")
         sockets = open_socket(config, keys, enrolled)
         stack.callback(sockets.close)
-        fleet = stack.enter_context(
-            LocalFleet(node_arguments(config, split_dir, sockets.port, keys), run_dir / "nodes", recorder.event)
-        )
+        arguments = node_arguments(config, split_dir, sockets.port, keys) if config.fleet.start == "local" else {}
+        fleet = stack.enter_context(LocalFleet(arguments, run_dir / "nodes", recorder.event))
 
         from testbed.experiment.base_station import BaseStation  # transformers loads while the nodes start
 
         base_station = BaseStation(config, split_dir, manifest, sockets, recorder, policies[0], enrolled=enrolled)
         stack.callback(base_station.say_goodbye)
-        write_manifest(run_dir, describe(config, manifest, base_station, [label(p) for p in policies], insecure))
+        facts = describe(config, manifest, base_station.workload.text_sha256, [label(p) for p in policies], insecure)
+        write_manifest(run_dir, facts)
         base_station.wait_for_nodes(fleet.raise_if_dead)
+        write_manifest(run_dir, {**facts, "emulated": base_station.emulated()})
         with progress_bar(display) as progress:
             for index, policy in enumerate(policies):
                 base_station.run_policy(index, policy, label(policy), progress)
@@ -122,10 +123,9 @@ def node_arguments(config: RunConfig, split_dir: Path, port: int, keys: Path | N
 
 
 def describe(
-    config: RunConfig, manifest: Manifest, base_station: Any, policies: list[str], insecure: bool
+    config: RunConfig, manifest: Manifest, text_sha256: str, policies: list[str], insecure: bool
 ) -> dict[str, Any]:
-    """What one must know to understand the rows."""
-    emulated = {d.name: d.emulated_flops_per_s for d in config.devices if d.emulated_flops_per_s is not None}
+    """What one must know to understand the rows; what is emulated is known when the nodes have joined."""
     return {
         "config": config.model_dump(mode="json", by_alias=True),
         "seed": config.seed,
@@ -134,9 +134,8 @@ def describe(
         "layers": len(manifest.layers),
         "model": {"name": manifest.model_name, "type": manifest.model_type, "hash": manifest.model_hash},
         "split_hash": manifest_hash(manifest),
-        "text_sha256": base_station.workload.text_sha256,
+        "text_sha256": text_sha256,
         "text": "held-out files of the running Python's standard library",
-        "emulated": {"compute_flops_per_s": emulated} if emulated else {},
         "links": "loopback, as they are",
         "encryption": "none (--insecure)" if insecure else "CURVE (curve25519, xsalsa20poly1305) with an allow-list",
         "environment": environment(libzmq=zmq.zmq_version()),

@@ -9,10 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -23,6 +26,28 @@ RESTART_AFTER_S = 1.0
 RESTART_AT_MOST_S = 30.0
 HEALTHY_AFTER_S = 10.0
 WATCH_EVERY_S = 0.1
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect after the block: a process half started could not be ended, nor would it be silent.
+
+    What is started in the block never hears of Ctrl-C, which a terminal sends to all: the base station ends its nodes.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C never arrives there
+        yield
+        return
+    resource_tracker.ensure_running()  # it would start in the block otherwise, and let signals through again
+    arrived: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; other threads still take signals
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def _node_process(argv: Sequence[str], output: str) -> None:
@@ -48,9 +73,10 @@ class LocalNode:
 
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_node_process, args=(self._argv, str(self.output)), name=self.name)
-        self.process.start()
-        self.started_s, self.restart_at_s = time.monotonic(), None
+        arguments = (self._argv, str(self.output))
+        process = context.Process(target=_node_process, args=arguments, name=self.name, daemon=True)
+        process.start()
+        self.process, self.started_s, self.restart_at_s = process, time.monotonic(), None
 
     def plan_restart(self, now_s: float) -> float:
         """When to start it again: after one second, then ever later while it keeps dying young."""
@@ -82,12 +108,13 @@ class LocalFleet:
     def __enter__(self) -> LocalFleet:
         multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
         try:
-            for node in self.nodes:
-                node.start()
+            with _interrupts_wait():
+                for node in self.nodes:
+                    node.start()
+            self._watcher.start()
         except BaseException:
             self.stop(0.0)
             raise
-        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:

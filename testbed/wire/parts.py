@@ -58,7 +58,7 @@ class Assembler:
     def __init__(self, first: RequestPart | ReplyPart, room: KeptRows, max_bytes: int = MAX_BLOCK_BYTES) -> None:
         if first.rows * first.width * 4 > max_bytes:
             raise MessageError(f"block of {first.rows} x {first.width} values is above the limit of {max_bytes} bytes")
-        if first.parts > first.rows or part_rows(first.rows, first.parts, first.parts - 1).start >= first.rows:
+        if part_rows(first.rows, first.parts, first.parts - 1).start >= first.rows:
             raise MessageError(f"{first.rows} rows do not travel in {first.parts} parts")
         self.rows, self.width, self.parts = first.rows, first.width, first.parts
         self.scheme = SCHEMES[first.scheme]

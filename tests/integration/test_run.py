@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ score_prompts = 40
 score_tokens = 16
 generate_prompts = 0
 """
-SLOW_DEVICE = "emulated_flops_per_s = 5e7"  # about 9 ms per row of the demo model
+SLOW = "emulated_flops_per_s = 5e7"  # about 9 ms per row of the demo model
 WLR = 'name = "wlr"\ntheta = 0.2'
 LAYERS, DEVICES = 4, 8
 KEYS_OF_A_ROW = {
@@ -91,11 +92,11 @@ def assert_log_is_complete(run_dir: Path, file: Path) -> None:
 
 
 def test_ctrl_c_ends_a_run_with_one_line_and_a_sealed_log(tmp_path: Path) -> None:
-    file = run_file(tmp_path, LONG, device=SLOW_DEVICE)
+    file = run_file(tmp_path, LONG, devices=[SLOW] * DEVICES)
     with started([TESTBED, "run", str(file)], tmp_path) as command:
         log = Log(command, tmp_path / "logs")
         log.wait_for("scored", prompt=1)
-        command.process.send_signal(signal.SIGINT)
+        os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does it: to the nodes too
         done = command.finish(within_s=8)
         command.wait_until_nothing_runs()
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
@@ -105,7 +106,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_a_sealed_log(tmp_path: Path) -> Non
 
 
 def test_the_nodes_of_a_killed_run_end_by_themselves_and_its_log_can_be_sealed(tmp_path: Path) -> None:
-    file = run_file(tmp_path, LONG, device=SLOW_DEVICE)
+    file = run_file(tmp_path, LONG, devices=[SLOW] * DEVICES)
     with started([TESTBED, "run", str(file)], tmp_path) as command:
         log = Log(command, tmp_path / "logs")
         log.wait_for("scored", prompt=1)

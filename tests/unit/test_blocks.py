@@ -170,7 +170,8 @@ class ScaledByExpert:
 
     def compute(self, layer: int, segments: Sequence[Sequence[int]], x_RD: Float32, out_RD: Float32) -> None:
         self.calls.append(list(segments))
-        factor_R = np.repeat([expert + 1 for expert, _ in segments], [rows for _, rows in segments])
+        factors = np.array([expert + 1 for expert, _ in segments], np.float32)
+        factor_R = np.repeat(factors, [rows for _, rows in segments])
         out_RD[:] = x_RD * factor_R[:, None] + layer
 
 

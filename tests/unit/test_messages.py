@@ -190,6 +190,7 @@ def test_a_header_above_4096_bytes_is_refused_before_it_is_parsed(monkeypatch: p
     "header",
     [
         b"\xdc\x03\xe8" * 2333,  # 7 000 bytes that made 54 MB
+        b"\xdc\x0b\xb0" * 1000,
         b"\xdc\x02\x00" * 1365,
         b"\xdc\x02\x00" * 1023,
         b"\xdd\x00\x00\x02\x00" * 800,
