@@ -15,6 +15,7 @@ The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import statistics
@@ -27,7 +28,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import zmq
 
 from testbed.wire.keys import enrolled_nodes, make_run_keys, read_pair, read_public
 from testbed.wire.quantization import SCHEMES, Buffers, accumulate, pack, quantise, unpack
@@ -95,6 +95,7 @@ def round_node(port: int, name: str, keys: Path | None) -> None:
     from jetson_node.worker import Worker
     from testbed.wire.messages import PROTOCOL_VERSION, Hello
 
+    gc.freeze()  # as a node does once it is ready
     hello = Hello(PROTOCOL_VERSION, name, 1, manifest_sha256(), [1], None)
     link = Link(lambda: node_socket(port, name, keys), hello, 60.0)
     Worker(link, EchoExperts(), figures=Telemetry().figures, stop=lambda: False).run()
@@ -167,29 +168,37 @@ def wire_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
 def codec_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
     sockets = open_station(stack, keys, codec_node)
     ids, buffers = routing_ids(sockets), Buffers()
-    prepared: dict[int, Any] = {}
+    prepared: dict[int, CodecBuffers] = {}
 
     def one(rows: int) -> None:
         if rows not in prepared:
-            hidden_TD, expert_TK, weight_TK = routing(rows * DEVICES // TOP_K)
-            places = [np.nonzero(expert_TK == expert) for expert in range(EXPERTS)]
-            prepared[rows] = (
-                hidden_TD, [np.ascontiguousarray(t) for t, _ in places], [np.ascontiguousarray(weight_TK[t, k]) for t, k in places],
-                bytearray(INT8.payload_bytes(rows, WIDTH)), np.empty((rows, WIDTH), np.float32), np.empty_like(hidden_TD),
-            )  # fmt: skip
-        hidden_TD, tokens_of, weights_of, payload, reply_RD, out_TD = prepared[rows]
-        quantised = quantise(hidden_TD, INT8, buffers)
-        for device, routing_id in enumerate(ids):
-            pack(quantised, tokens_of[device], memoryview(payload))
-            sockets.socket.send_multipart([routing_id, HEADER, payload])
-        out_TD[:] = 0
+            prepared[rows] = CodecBuffers(rows)
+        kept = prepared[rows]
+        quantised = quantise(kept.hidden_TD, INT8, buffers)
+        for token_R, routing_id in zip(kept.token_of_N, ids, strict=True):
+            pack(quantised, token_R, memoryview(kept.payload))
+            sockets.socket.send_multipart([routing_id, HEADER, kept.payload])
+        kept.out_TD[:] = 0
         for _ in ids:
             frames = sockets.socket.recv_multipart(copy=False)
             device = ids.index(frames[0].bytes)
-            unpack(frames[2].buffer, rows, WIDTH, INT8, reply_RD)
-            accumulate(reply_RD, weights_of[device], tokens_of[device], out_TD)
+            unpack(frames[2].buffer, rows, WIDTH, INT8, kept.reply_RD)
+            accumulate(kept.reply_RD, kept.weight_of_N[device], kept.token_of_N[device], kept.out_TD)
 
     return one
+
+
+class CodecBuffers:
+    """What the codec floor needs, made before it is measured."""
+
+    def __init__(self, rows: int) -> None:
+        self.hidden_TD, expert_TK, weight_TK = routing(rows * DEVICES // TOP_K)
+        places = [np.nonzero(expert_TK == expert) for expert in range(EXPERTS)]
+        self.token_of_N = [np.ascontiguousarray(token) for token, _ in places]
+        self.weight_of_N = [np.ascontiguousarray(weight_TK[place]) for place in places]
+        self.payload = bytearray(INT8.payload_bytes(rows, WIDTH))
+        self.reply_RD = np.empty((rows, WIDTH), np.float32)
+        self.out_TD = np.empty_like(self.hidden_TD)
 
 
 def our_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
@@ -218,6 +227,7 @@ def our_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
     session = Session(WLR(0.0), dispatcher, RunningMean(DEVICES), registry.nodes, recorder=recorder)
     module = SimpleNamespace(remote=RemoteLayer(0, manifest().holds_NE(0), None, session))
     station.wait_for_all(60.0, lambda: None)
+    gc.freeze()  # as the base station does once it is ready
     prepared: dict[int, Any] = {}
 
     def one(rows: int) -> None:

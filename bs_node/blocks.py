@@ -97,7 +97,8 @@ def combine(outcomes: Sequence[Outcome], weight_TK: FloatArray, out_TD: Float32)
         if outcome.output_RD is None:
             continue
         token_R, choice_R = outcome.block.token_R[rows_], outcome.block.choice_R[rows_]
-        accumulate(outcome.output_RD[rows_], weight_TK[token_R, choice_R], token_R, out_TD)
+        weight_R = weight_TK[token_R, choice_R].astype(np.float32, copy=False)
+        accumulate(outcome.output_RD[rows_], weight_R, token_R, out_TD)
 
 
 def arrived(outcomes: Sequence[Outcome], shape: tuple[int, ...]) -> NDArray[np.bool_]:

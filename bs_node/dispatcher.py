@@ -52,7 +52,7 @@ class InProcessDispatcher:
         self._experts = experts_of_device
 
     def exchange(
-        self, number: int, layer: int, hidden_TD: Float32, blocks: Sequence[Block]
+        self, _number: int, layer: int, hidden_TD: Float32, blocks: Sequence[Block]
     ) -> tuple[list[Outcome], ExchangeTimes]:
         outcomes = []
         for block in blocks:
@@ -153,7 +153,9 @@ class WirelessDispatcher:
     def _take(self, current: Round, item: Mail, times: ExchangeTimes) -> None:
         started_ns = monotonic_ns()
         try:
-            if not current.take(item.node.index, item.message, item.payload, started_ns):
+            if current.take(item.node.index, item.message, item.payload, started_ns):
+                current.transfers[item.node.index].outcome.bytes_up += item.header_bytes
+            else:
                 self.stray_messages += 1
         except MessageError as error:
             self._station.broken(item.node, error)

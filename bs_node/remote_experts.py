@@ -21,7 +21,7 @@ from bs_node.model import experts_of
 from bs_node.session import RoundTimes, Session
 from testbed.checkpoint.manifest import Manifest
 from testbed.policies.base import Routing
-from testbed.policies.selection import rescale
+from testbed.policies.selection import surviving_weights
 
 IMPLEMENTATION = "wdmoe_remote"
 
@@ -45,7 +45,7 @@ def remote_experts(
 
     routing = gated(layer, expert_TK, weight_TK)
     state = session.state()
-    selection = session.policy.select(routing, state)
+    selection = session.select(routing, state)
     times.selected()
 
     blocks = group(routing.expert_TK, selection.device_TK, layer.holds_NE.shape[1])
@@ -57,7 +57,7 @@ def remote_experts(
 
     arrived_TK = arrived(outcomes, routing.expert_TK.shape)
     nothing_lost = all(outcome.output_RD is not None for outcome in outcomes)
-    final_TK = selection.weight_TK if nothing_lost else rescale(routing.weight_TK, arrived_TK)
+    final_TK = selection.weight_TK if nothing_lost else surviving_weights(routing, arrived_TK)
     out_TD = np.zeros_like(hidden)
     combine(outcomes, final_TK, out_TD)
     times.combined()

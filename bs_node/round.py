@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bs_node.blocks import Block, Outcome
 from testbed.errors import MessageError
 from testbed.runlog.schema import Status
-from testbed.wire.messages import Credit, Rejected, ReplyPart, RequestPart, encode
+from testbed.wire.messages import Credit, PartHeaders, Rejected, ReplyPart, RequestPart
 from testbed.wire.parts import Assembler, KeptRows, part_count, part_rows
 from testbed.wire.quantization import Quantised, pack
 
@@ -21,6 +21,7 @@ class Transfer:
         self.outcome = Outcome(block, Status.LOST)
         self._quantised, self._request, self._room, self._window_bytes = quantised, request, room, window_bytes
         self._next_part = self._sent_bytes = self._credited_bytes = 0
+        self._headers = PartHeaders(request)
         self._reply: Assembler | None = None
 
     @property
@@ -42,7 +43,7 @@ class Transfer:
             return None
         payload = bytearray(payload_bytes)
         pack(self._quantised, self.outcome.block.token_R[rows], memoryview(payload))
-        return encode(request.with_part(self._next_part)), payload
+        return self._headers.of(self._next_part), payload
 
     def part_sent(self, header_bytes: int, payload_bytes: int) -> None:
         self._next_part += 1
@@ -72,7 +73,7 @@ class Transfer:
         if self._reply is None:
             self._reply = Assembler(part, self._room)
         complete = self._reply.add(part, payload)
-        self.outcome.bytes_up = self._reply.payload_bytes
+        self.outcome.bytes_up += len(payload)
         self.outcome.parts_up += 1
         return complete
 

@@ -12,9 +12,9 @@ import numpy as np
 from bs_node.blocks import Outcome
 from bs_node.dispatcher import Dispatcher, ExchangeTimes
 from bs_node.registry import Node
-from testbed.errors import OrphanedTokensError
+from testbed.errors import ConfigError, OrphanedTokensError
 from testbed.latency.running_mean import RunningMean
-from testbed.policies.base import BoolArray, FloatArray, Policy, Routing, Selection, State
+from testbed.policies.base import DROPPED, BoolArray, FloatArray, Policy, Routing, Selection, State
 from testbed.policies.selection import routed
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase, Status
@@ -86,6 +86,16 @@ class Session:
         """What the policy may know now."""
         available_N = np.array([node.available for node in self._nodes])
         return self._estimator.state(self.phase, available_N, monotonic_ns() / 1e9)
+
+    def select(self, routing: Routing, state: State) -> Selection:
+        """The policy's answer, once it is one that can be carried out. Raises ConfigError, naming the policy."""
+        selection = self.policy.select(routing, state)
+        device_TK, weight_TK = selection.device_TK, selection.weight_TK
+        if device_TK.shape != routing.expert_TK.shape or weight_TK.shape != routing.expert_TK.shape:
+            raise ConfigError(f"policy {self.policy.name}: answers must have the shape of expert_TK")
+        if device_TK.size and not DROPPED <= device_TK.min() <= device_TK.max() < len(self._nodes):
+            raise ConfigError(f"policy {self.policy.name}: a device is below {DROPPED} or not below {len(self._nodes)}")
+        return selection
 
     def finish(
         self,

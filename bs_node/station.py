@@ -20,11 +20,12 @@ from testbed.wire.messages import (
     Hello,
     HelloAgain,
     Refuse,
+    Rejected,
     Welcome,
     decode_from_node,
     encode,
 )
-from testbed.wire.sockets import StationSocket, has_input
+from testbed.wire.sockets import StationSocket, receive_frames, send_frames
 
 BROKEN_MESSAGES_ALLOWED = 8
 EMPTY = memoryview(b"")
@@ -38,6 +39,7 @@ class Mail(NamedTuple):
     node: Node
     message: Any
     payload: memoryview
+    header_bytes: int
 
 
 class Station:
@@ -68,7 +70,7 @@ class Station:
         self._sockets.wait(timeout_ms)
         self._watch_connections()
         mail = []
-        while (frames := self._receive_frames()) is not None:
+        while (frames := receive_frames(self._sockets.socket)) is not None:
             item = self._open(frames)
             if item is not None:
                 mail.append(item)
@@ -76,11 +78,6 @@ class Station:
             for node in self.registry.newly_silent(time.monotonic_ns()):
                 self._lose(node, "silent")
         return mail
-
-    def _receive_frames(self) -> list[zmq.Frame] | None:
-        if not has_input(self._sockets.socket):
-            return None
-        return self._sockets.socket.recv_multipart(zmq.DONTWAIT, copy=False)
 
     def _open(self, frames: list[zmq.Frame]) -> Mail | None:
         routing_id = frames[0].bytes
@@ -102,7 +99,9 @@ class Station:
             elif isinstance(message, Announce):
                 node.busy_until_ns = now + message.estimate_ns
             else:
-                return Mail(node, message, frames[2].buffer if len(frames) > 2 else EMPTY)
+                if isinstance(message, Rejected):
+                    self._on_event("request_rejected", device=node.name, reason=message.reason)
+                return Mail(node, message, frames[2].buffer if len(frames) > 2 else EMPTY, len(frames[1]))
         return None
 
     def _heard(self, node: Node, now: int) -> None:
@@ -155,7 +154,7 @@ class Station:
             self.gone.add(node.index)
             return False
         try:
-            self._sockets.socket.send_multipart([node.routing_id, header, payload], zmq.DONTWAIT)
+            send_frames(self._sockets.socket, node.routing_id, header, payload)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -168,7 +167,7 @@ class Station:
     def _post(self, routing_id: bytes, header: bytes) -> None:
         """A small message; whoever is gone does not get it."""
         try:
-            self._sockets.socket.send_multipart([routing_id, header], zmq.DONTWAIT)
+            send_frames(self._sockets.socket, routing_id, header)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
@@ -190,8 +189,11 @@ class Station:
                     "[timeouts] join_s"
                 )
 
-    def say_goodbye(self) -> None:
-        """Tell every node that the run is over."""
+    def say_goodbye(self, drain_s: float) -> None:
+        """Tell every node that the run is over, and give them up to `drain_s` to hear it: they then disconnect."""
         for node in self.registry.nodes:
             if node.routing_id is not None:
                 self._post(node.routing_id, encode(Goodbye()))
+        deadline_s = time.monotonic() + drain_s
+        while any(node.available for node in self.registry.nodes) and time.monotonic() < deadline_s:
+            self.receive(10)

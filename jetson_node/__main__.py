@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import multiprocessing
 import os
@@ -113,6 +114,7 @@ def _serve(args: argparse.Namespace, stop: Callable[[], bool]) -> None:
         args.shards, manifest, args.name, backend=args.backend, dtype=args.dtype, threads=args.threads
     )
     experts.warm_up()
+    gc.freeze()  # what is loaded stays: no collection needs to look at it again
     telemetry = Telemetry()
     link = Link(make_socket, _hello(args, manifest), args.join_timeout_s)
     worker = Worker(

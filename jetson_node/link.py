@@ -10,7 +10,7 @@ import zmq
 
 from testbed.errors import MessageError, NodeError, RefusedError
 from testbed.wire.messages import Goodbye, Hello, HelloAgain, Refuse, Welcome, decode_from_base_station, encode
-from testbed.wire.sockets import FAILED_HANDSHAKES, NodeSocket, has_input
+from testbed.wire.sockets import FAILED_HANDSHAKES, NodeSocket, receive_frames, send_frames
 
 HELLO_EVERY_NS = 200_000_000
 RETRY_AFTER_REFUSAL_NS = 1_000_000_000
@@ -75,9 +75,9 @@ class Link:
         if not self._socket.socket.poll(timeout_ms):
             return
         for _ in range(MAX_MESSAGES_AT_ONCE):
-            if not has_input(self._socket.socket):
+            frames = receive_frames(self._socket.socket)
+            if frames is None:
                 return
-            frames = self._socket.socket.recv_multipart(zmq.DONTWAIT, copy=False)
             try:
                 message = decode_from_base_station(frames[0].bytes)
             except MessageError as error:
@@ -116,26 +116,24 @@ class Link:
 
     def send(self, message: Any) -> bool:
         """Send a small message; False where there is no connection to take it."""
+        return self._send(encode(message))
+
+    def send_part(self, header: bytes, payload: bytearray) -> bool:
+        """Send a part as soon as there is room for it; False when the connection was lost meanwhile."""
+        while not self._send(header, payload):
+            for event in self._socket.events():
+                self._on_event(event.event, self._now_ns())
+            if not self._welcomed:
+                return False
+            self._socket.socket.poll(POLL_AT_MOST_MS, zmq.POLLOUT)
+        return True
+
+    def _send(self, *frames: bytes | bytearray) -> bool:
         try:
-            self._socket.socket.send(encode(message), zmq.DONTWAIT)
+            send_frames(self._socket.socket, *frames)
         except zmq.Again:
             return False
         return True
-
-    def send_block_part(self, message: Any, payload: bytearray) -> bool:
-        """Send a part as soon as there is room for it; False when the connection was lost meanwhile."""
-        frames = [encode(message), payload]
-        while True:
-            try:
-                self._socket.socket.send_multipart(frames, zmq.DONTWAIT)
-            except zmq.Again:
-                for event in self._socket.events():
-                    self._on_event(event.event, self._now_ns())
-                if not self._welcomed:
-                    return False
-                self._socket.socket.poll(POLL_AT_MOST_MS, zmq.POLLOUT)
-            else:
-                return True
 
     def close(self) -> None:
         self._socket.close()

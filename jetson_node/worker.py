@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from jetson_node.experts import Experts
 from jetson_node.link import Link
 from testbed.errors import MessageError
-from testbed.wire.messages import Announce, Credit, Heartbeat, Rejected, ReplyPart, RequestPart
+from testbed.wire.messages import Announce, Credit, Heartbeat, PartHeaders, Rejected, ReplyPart, RequestPart
 from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, KeptRows, part_count, part_rows
 from testbed.wire.quantization import SCHEMES, Buffers, pack, quantise
 
@@ -137,14 +137,16 @@ class Worker:
         quantised = quantise(output_RD, scheme, self._buffers)
         sent_ns = time.monotonic_ns()
         parts = part_count(request.rows, scheme.row_bytes(request.width), self._part_bytes)
+        headers = PartHeaders(
+            ReplyPart(
+                request.run, request.round, request.attempt, 0, parts, request.rows, request.width, scheme.name,
+                received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns, times.padding_ns,
+                sent_ns - quantise_started_ns,
+            )
+        )  # fmt: skip
         for part in range(parts):
             rows = part_rows(request.rows, parts, part)
             payload = bytearray(scheme.payload_bytes(rows.stop - rows.start, request.width))
-            pack(quantised, np.arange(rows.start, rows.stop), payload)
-            header = ReplyPart(
-                request.run, request.round, request.attempt, part, parts, request.rows, request.width, scheme.name,
-                received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns, times.padding_ns,
-                sent_ns - quantise_started_ns,
-            )  # fmt: skip
-            if not self._link.send_block_part(header, payload):
+            pack(quantised, np.arange(rows.start, rows.stop), memoryview(payload))
+            if not self._link.send_part(headers.of(part), payload):
                 return  # the connection is gone, and with it whoever asked

@@ -70,7 +70,7 @@ class Command:
 
 def _writes_to(process: psutil.Process, path: str) -> bool:
     with suppress(OSError):
-        return os.readlink(f"/proc/{process.pid}/fd/1") == path
+        return str(Path(f"/proc/{process.pid}/fd/1").readlink()) == path
     return False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ class Rack:
     def station(self) -> Station:
         return self.listening.station
 
-    def wireless(self, down: str = "fp32", up: str = "fp32") -> WirelessDispatcher:
+    def wireless(self, down: str = "fp32", up: str = "fp32", part_bytes: int = 65536) -> WirelessDispatcher:
         """A dispatcher over this rack's sockets. Of several, only one may be in a round."""
-        settings = WireSettings(down, up, part_bytes=65536, window_bytes=2**20, reply_s=REPLY_S)
+        settings = WireSettings(down, up, part_bytes, window_bytes=2**20, reply_s=REPLY_S)
         return WirelessDispatcher(self.station, settings, len(self.manifest.devices))
 
     def session(self, dispatcher: Dispatcher) -> Session:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,7 @@ class BaseStation:
         self._model = load_bs_model(split_dir, manifest, config.model.dtype, IMPLEMENTATION)
         attach(self._model, manifest, self.session)
         self._model.register_forward_pre_hook(self._note_phase, with_kwargs=True)
+        gc.freeze()  # what is loaded stays: no collection needs to look at it again, least of all within a round
         self._tokenizer = AutoTokenizer.from_pretrained(split_dir)
         work = config.workload
         self.workload = choose(
@@ -156,7 +159,7 @@ class BaseStation:
         )
 
     def say_goodbye(self) -> None:
-        self._station.say_goodbye()
+        self._station.say_goodbye(self._config.timeouts.drain_s)
 
 
 class TokenStamps(BaseStreamer):
@@ -174,4 +177,4 @@ class TokenStamps(BaseStreamer):
     def token_s(self) -> list[float]:
         """Seconds that each decoded token took: the first one came out of the prefill."""
         tokens = self._stamps_ns[1:]
-        return [(later - earlier) / 1e9 for earlier, later in zip(tokens, tokens[1:], strict=False)]
+        return [(later - earlier) / 1e9 for earlier, later in pairwise(tokens)]

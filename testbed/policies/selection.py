@@ -67,8 +67,12 @@ def finish(routing: Routing, device_TK: IntArray) -> Selection:
     A pair without an expert gets weight 0 and leaves the weights of its token alone, as the model itself treats it.
     """
     sent_TK = device_TK != DROPPED
-    if sent_TK.all():
-        return Selection(device_TK, routing.weight_TK)
+    return Selection(device_TK, surviving_weights(routing, sent_TK))
+
+
+def surviving_weights(routing: Routing, kept_TK: BoolArray) -> FloatArray:
+    """The gate's weights once only `kept_TK` is left: `rescale`, a pair without an expert standing apart."""
+    if kept_TK.all():
+        return routing.weight_TK
     routed_TK = routed(routing)
-    weight_TK = np.where(routed_TK, routing.weight_TK, 0)
-    return Selection(device_TK, rescale(weight_TK, sent_TK | ~routed_TK))
+    return rescale(np.where(routed_TK, routing.weight_TK, 0), kept_TK | ~routed_TK)

@@ -10,7 +10,7 @@ A message is one msgpack header of at most 4 KiB and, for parts of a block, one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import msgpack
@@ -97,9 +97,6 @@ class RequestPart:
     scheme: str = checked(one_of("int8", "fp16", "bf16", "fp32"))
     reply_scheme: str = checked(one_of("int8", "fp16", "bf16", "fp32"))
     segments: list[list[int]] = checked(is_segments)  # noqa: RUF009 - checked() makes a field
-
-    def with_part(self, part: int) -> RequestPart:
-        return self if part == self.part else replace(self, part=part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +201,29 @@ def encode(message: Any) -> bytes:
             f"{type(message).__name__}: header of {len(header)} bytes, at most {MAX_HEADER_BYTES} travel"
         )
     return header
+
+
+class PartHeaders:
+    """Headers of all parts of a block. All fields but `part` are the same: checked and packed once."""
+
+    def __init__(self, first: RequestPart | ReplyPart) -> None:
+        self._message, self._first = first, encode(first)
+        self._before = self._after = b""
+
+    def of(self, part: int) -> bytes:
+        if part == 0:
+            return self._first
+        if not self._before:
+            self._split()
+        header: bytes = self._before + msgpack.packb(part) + self._after
+        return header
+
+    def _split(self) -> None:
+        layout = _LAYOUT_OF[type(self._message)]
+        before = layout.names[: layout.names.index("part")]
+        head = msgpack.Packer().pack_array_header(len(layout.names) + 1) + msgpack.packb(layout.kind)
+        self._before = head + b"".join(msgpack.packb(getattr(self._message, name)) for name in before)
+        self._after = self._first[len(self._before) + 1 :]  # `part` is 0 in the first one: a single byte
 
 
 def decode_from_node(header: bytes) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_a_model_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_experts_is_refused_by_what_it_is(tmp_path: Path) -> None:
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, num_key_value_heads=2))
     model.save_pretrained(tmp_path / "dense")
     code, told = run_fails(tmp_path, run_file(tmp_path, f'[model]\npath = "{tmp_path}/dense"'))

@@ -1,5 +1,4 @@
 """Nodes die, hang and come back while a run is under way: it ends, it says what it lost, it uses them again."""
-# ruff: noqa: E402 - what is imported below needs what importorskip has just found
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -16,7 +16,10 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from processes import TESTBED, Command, Log, run_file, started, until
+from rack import rack
+from splits import DEVICES, write_split
 
+from testbed.checkpoint.ffn import FfnSpec
 from testbed.runlog.schema import Status
 
 pytestmark = [pytest.mark.torch]
@@ -148,3 +151,18 @@ def test_a_run_that_may_not_orphan_tokens_fails_with_one_line_when_all_nodes_are
     assert (done.returncode, done.stdout) == (7, "")
     assert len(done.stderr.splitlines()) == 1
     assert "lost all their experts" in done.stderr
+
+
+def test_nodes_are_taken_back_even_when_none_is_left_to_wait_for(tmp_path: Path) -> None:
+    write_split(tmp_path / "split", FfnSpec(width=8, inner=8, has_gate=True, act="silu"))
+    with rack(tmp_path / "split", tmp_path, arguments=["--backend", "numpy"]) as nodes:
+        dispatcher, nothing_to_send = nodes.wireless(), np.zeros((1, 8), np.float32)
+        for node in nodes.fleet.nodes:
+            assert node.process is not None
+            node.process.kill()
+
+        def all_back() -> bool:
+            dispatcher.exchange(0, 0, nothing_to_send, [])
+            return len(nodes.listening.told("node_joined")) == 2 * len(DEVICES)
+
+        until(all_back, 30, "every node's second joining")

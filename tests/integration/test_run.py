@@ -1,5 +1,4 @@
 """`testbed run` as a user types it: its table, its log, and that nothing of it is left behind."""
-# ruff: noqa: E402 - what is imported below needs what importorskip has just found
 
 from __future__ import annotations
 

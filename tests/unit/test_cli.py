@@ -114,7 +114,7 @@ def test_run_hands_its_options_on_and_prints_the_table(
     def run_experiment(config: object, **options: object) -> SimpleNamespace:
         asked.update(options, config=config)
         table = output.table("Results", ["policy", "perplexity"], [["topk", "3.14"]])
-        return SimpleNamespace(table=lambda: table, document=lambda: {"rows": [float("nan")]})
+        return SimpleNamespace(table=lambda: table, notes=lambda: ["log: x"], document=lambda: {"rows": [float("nan")]})
 
     stand_in(monkeypatch, "testbed.experiment.run", run_experiment=run_experiment)
     assert main(["run", str(run_file), "--out", str(tmp_path / "log"), "--insecure"]) == 0

@@ -20,6 +20,7 @@ from testbed.wire.messages import (
     Credit,
     Heartbeat,
     Hello,
+    PartHeaders,
     Refuse,
     Rejected,
     ReplyPart,
@@ -367,7 +368,7 @@ def test_a_reason_in_any_script_may_have_all_its_512_characters() -> None:
         assert decode_from_node(encode(reason)) == reason
 
 
-def test_a_part_of_the_same_block_differs_in_its_number_only() -> None:
-    assert REQUEST.with_part(0) is REQUEST
-    assert replace(REQUEST.with_part(4), part=0) == REQUEST
-    assert REQUEST.with_part(4).part == 4
+@given(st.integers(0, 65_534))
+def test_the_header_of_any_part_of_a_block_is_that_of_the_first_with_its_own_number(part: int) -> None:
+    for first in (replace(REQUEST, parts=65_535), replace(REPLY, parts=65_535)):
+        assert PartHeaders(first).of(part) == encode(replace(first, part=part))

@@ -130,14 +130,14 @@ def test_a_reply_is_not_taken_into_a_request() -> None:
 def test_a_payload_of_another_length_is_refused_and_may_come_again_rightly(payload: bytes) -> None:
     assembler, sent = started(REQUEST)
     with pytest.raises(MessageError, match="payload of"):
-        assembler.add(REQUEST.with_part(1), payload)
-    assert [assembler.add(REQUEST.with_part(part), sent[part]) for part in (1, 2, 3)] == [False, False, True]
+        assembler.add(replace(REQUEST, part=1), payload)
+    assert [assembler.add(replace(REQUEST, part=part), sent[part]) for part in (1, 2, 3)] == [False, False, True]
 
 
 def test_a_block_with_a_missing_part_is_never_complete() -> None:
     assembler, sent = started(REQUEST)
-    assert not assembler.add(REQUEST.with_part(1), sent[1])
-    assert not assembler.add(REQUEST.with_part(3), sent[3])
+    assert not assembler.add(replace(REQUEST, part=1), sent[1])
+    assert not assembler.add(replace(REQUEST, part=3), sent[3])
 
 
 class NoRoom(KeptRows):

@@ -18,7 +18,7 @@ LAYERS, DEVICES, TOP_K = 2, 2, 2
 
 
 def written(folder: Path, *, orphaned_tokens: int = 0, tokens: int = 4) -> Results:
-    """Two policies, one scored prompt and one decoded token each; the second policy is twice as fast and drops a pair."""
+    """Two policies, a scored prompt and a decoded token each; the second is twice as fast and drops a pair."""
     write_manifest(
         folder,
         {

@@ -16,7 +16,7 @@ def bytes_of(text: str) -> list[int]:
     return list(text.encode())
 
 
-def chosen(score: int = 5, score_tokens: int = 64, generate: int = 2, prompt_tokens: int = 16):  # noqa: ANN201
+def chosen(score: int = 5, score_tokens: int = 64, generate: int = 2, prompt_tokens: int = 16):
     return choose(bytes_of, score=score, score_tokens=score_tokens, generate=generate, prompt_tokens=prompt_tokens)
 
 
