@@ -220,7 +220,7 @@ def our_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
     registry = Registry(manifest(), 5_000_000_000)
     enrolled = None if keys is None else enrolled_nodes(keys / "bs")
     station = Station(
-        sockets, registry, run=1, enrolled=enrolled, heartbeat_ns=500_000_000, credit_bytes=2**18,
+        sockets, registry, run=1, enrolled=enrolled, heartbeat_ns=500_000_000, window_bytes=2**20,
         on_event=recorder.event,
     )  # fmt: skip
     dispatcher = WirelessDispatcher(station, WireSettings("int8", "int8", 65536, 2**20, 30.0), DEVICES)

@@ -56,13 +56,14 @@ class Station:
         run: int,
         enrolled: dict[str, str] | None,
         heartbeat_ns: int,
-        credit_bytes: int,
+        window_bytes: int,
         on_event: EventSink,
     ) -> None:
         self.registry, self.run = registry, run
         self._sockets, self._enrolled, self._on_event = sockets, enrolled, on_event
-        self._welcome = encode(Welcome(run, heartbeat_ns, credit_bytes))
+        self._welcome = encode(Welcome(run, heartbeat_ns, window_bytes))
         self.gone: set[int] = set()  # devices lost since a round last asked
+        self._over = False  # after goodbye nobody is lost by leaving
         self.refusals: dict[str, str] = {}  # device -> why it was refused
 
     def receive(self, timeout_ms: float) -> list[Mail]:
@@ -146,7 +147,8 @@ class Station:
 
     def _lose(self, node: Node, how: str) -> None:
         self.gone.add(node.index)
-        self._on_event("node_lost", device=node.name, how=how)
+        if not self._over:
+            self._on_event("node_lost", device=node.name, how=how)
 
     def send(self, node: Node, header: bytes, payload: bytearray) -> bool:
         """Hand a part to the socket: False when its queue is full. A node that is not there is in `gone`."""
@@ -189,8 +191,9 @@ class Station:
                     "[timeouts] join_s"
                 )
 
-    def say_goodbye(self, drain_s: float) -> None:
+    def say_goodbye(self, drain_s: float = 0.5) -> None:
         """Tell every node that the run is over, and give them up to `drain_s` to hear it: they then disconnect."""
+        self._over = True
         for node in self.registry.nodes:
             if node.routing_id is not None:
                 self._post(node.routing_id, encode(Goodbye()))

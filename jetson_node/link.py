@@ -36,7 +36,7 @@ class Link:
         self._socket = make_socket()
         self._welcomed = self._ever_welcomed = False
         self.over = False
-        self.heartbeat_ns, self.credit_bytes = 500_000_000, 2**18
+        self.heartbeat_ns, self.window_bytes = 500_000_000, 2**20
         self._deadline_ns = now_ns() + int(join_timeout_s * 1e9) if join_timeout_s > 0 else None
         self._next_hello_ns = self._next_heartbeat_ns = now_ns()
         self._reopen_ns: int | None = None
@@ -90,7 +90,7 @@ class Link:
         now = self._now_ns()
         if isinstance(message, Welcome):
             self._welcomed = self._ever_welcomed = True
-            self.heartbeat_ns, self.credit_bytes = message.heartbeat_ns, message.credit_bytes
+            self.heartbeat_ns, self.window_bytes = message.heartbeat_ns, message.window_bytes
             self._next_heartbeat_ns = now + message.heartbeat_ns
         elif isinstance(message, HelloAgain):
             self._welcomed, self._next_hello_ns = False, now

@@ -19,6 +19,8 @@ from testbed.wire.messages import Announce, Credit, Heartbeat, PartHeaders, Reje
 from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, KeptRows, part_count, part_rows
 from testbed.wire.quantization import SCHEMES, Buffers, pack, quantise
 
+CREDITS_PER_WINDOW = 4
+
 Figures = Callable[[], dict[str, float | None]]
 
 
@@ -91,8 +93,16 @@ class Worker:
         if complete:
             block, self._block = self._block, None
             self._serve(part, block, started_ns)
-        elif self._block.payload_bytes - self._credited_bytes >= self._link.credit_bytes:
-            self._credited_bytes = self._block.payload_bytes
+        else:
+            self._credit(part, self._block)
+
+    def _credit(self, part: RequestPart, block: Assembler) -> None:
+        """A few times per window, and only for a block that the window would stop."""
+        window_bytes = self._link.window_bytes
+        if block.total_bytes <= window_bytes:
+            return
+        if (block.payload_bytes - self._credited_bytes) * CREDITS_PER_WINDOW >= window_bytes:
+            self._credited_bytes = block.payload_bytes
             self._link.send(Credit(part.round, part.attempt, self._credited_bytes))
 
     def _serve(self, request: RequestPart, block: Assembler, received_ns: int) -> None:

@@ -27,7 +27,7 @@ LOOK_EVERY_S = 0.05
 T = TypeVar("T")
 
 
-def until(found: Callable[[], T], within_s: float, what: str) -> T:
+def until(found: Callable[[], T | None], within_s: float, what: str) -> T:
     """The first answer that is true; fails when there is none in time."""
     deadline_s = time.monotonic() + within_s
     while not (answer := found()):
@@ -60,7 +60,7 @@ class Command:
         return False
 
     def wait_until_nothing_runs(self, within_s: float = 10) -> None:
-        until(lambda: not self.alive(), within_s, f"end of {self.process.args}'s processes")
+        until(lambda: not self.alive(), within_s, f"end of {self.process.args!r} and what it started")
 
     def node(self, run_dir: Path, name: str) -> psutil.Process:
         """The process of a node, known by where its output goes."""
@@ -130,10 +130,10 @@ class Log:
         self._command = command
         self.run_dir: Path = self.wait(lambda: next((path.parent for path in logs.glob(f"*/{EVENTS}")), None), "a log")
 
-    def wait(self, found: Callable[[], T], what: str, within_s: float = 40) -> T:
+    def wait(self, found: Callable[[], T | None], what: str, within_s: float = 40) -> T:
         """The first answer that is true; fails when there is none in time, and when the run has ended without."""
 
-        def found_or_ended() -> T:
+        def found_or_ended() -> T | None:
             ended = self._command.process.poll() is not None
             answer = found()
             if ended and not answer:
@@ -156,4 +156,5 @@ class Log:
         table = read_table(self.run_dir, "rounds")
         for name, value in values.items():
             table = table.filter(pc.equal(table[name], value))
-        return table.to_pylist()
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows

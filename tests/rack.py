@@ -90,7 +90,7 @@ def base_station(manifest: Manifest, folder: Path) -> Iterator[Listening]:
     sockets = StationSocket(HOST, 0, read_pair(keys / "bs", "bs"), AllowList(enrolled))
     try:
         registry = Registry(manifest, silence_ns=5_000_000_000)
-        every = {"heartbeat_ns": 500_000_000, "credit_bytes": 2**18}
+        every = {"heartbeat_ns": 500_000_000, "window_bytes": 2**20}
         station = Station(sockets, registry, run=1, enrolled=enrolled, on_event=on_event, **every)
         yield Listening(station, keys, sockets.port, events)
     finally:

@@ -29,8 +29,6 @@ from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase
 from testbed.wire.sockets import StationSocket
 
-CREDITS_PER_WINDOW = 4
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -59,7 +57,7 @@ class BaseStation:
             run=secrets.randbits(62),
             enrolled=enrolled,
             heartbeat_ns=int(timeouts.heartbeat_s * 1e9),
-            credit_bytes=max(1, wire.window_bytes // CREDITS_PER_WINDOW),
+            window_bytes=wire.window_bytes,
             on_event=recorder.event,
         )
         settings = WireSettings(wire.down, wire.up, wire.part_bytes, wire.window_bytes, timeouts.reply_s)

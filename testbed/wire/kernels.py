@@ -133,15 +133,25 @@ def check_fp32(hidden_RD: NDArray[np.float32], largest: float) -> int:
     return NO_ROW
 
 
-@native(read(types.uint8, 2), read(types.int64, 1), write(types.uint8, 2))
-def gather(rows_TB: NDArray[np.uint8], row_index_R: NDArray[np.int64], out_RB: NDArray[np.uint8]) -> int:
-    """Copy rows of bytes. Returns the first place in row_index_R that names no row, or NO_ROW."""
+@native(read(types.uint8, 2), read(types.uint8, 2), read(types.int64, 1), write(types.uint8, 1))
+def gather(
+    scale_TB: NDArray[np.uint8], values_TB: NDArray[np.uint8], row_index_R: NDArray[np.int64], out: NDArray[np.uint8]
+) -> int:
+    """Copy the scales (0 bytes wide where there are none) and then the values of rows.
+
+    Returns the first place in row_index_R that names no row, or NO_ROW.
+    """
+    scale_bytes, value_bytes = scale_TB.shape[1], values_TB.shape[1]
     for place in range(row_index_R.size):
         row = row_index_R[place]
-        if not 0 <= row < rows_TB.shape[0]:
+        if not 0 <= row < values_TB.shape[0]:
             return place
-        for byte in range(rows_TB.shape[1]):
-            out_RB[place, byte] = rows_TB[row, byte]
+        scale_at = place * scale_bytes
+        for byte in range(scale_bytes):
+            out[scale_at + byte] = scale_TB[row, byte]
+        value_at = row_index_R.size * scale_bytes + place * value_bytes
+        for byte in range(value_bytes):
+            out[value_at + byte] = values_TB[row, byte]
     return NO_ROW
 
 

@@ -135,7 +135,7 @@ class Welcome:
 
     run: int = checked(is_u64)
     heartbeat_ns: int = checked(whole(10**6, 10**12))
-    credit_bytes: int = checked(whole(1, 2**31))  # report the bytes of a block that arrived at least this often
+    window_bytes: int = checked(whole(1, 2**31))  # a block above this needs credit to come whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Assembler:
         self.scheme = SCHEMES[first.scheme]
         self.block_RD = room.take(first.rows, first.width)
         self._said = _SAID_OF_BLOCK[type(first)](first)
-        self.payload_bytes = 0
+        self.payload_bytes, self.total_bytes = 0, self.scheme.payload_bytes(first.rows, first.width)
         self._missing = set(range(first.parts))
 
     def add(self, part: RequestPart | ReplyPart, payload: bytes | memoryview) -> bool:

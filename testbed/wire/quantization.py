@@ -77,6 +77,18 @@ class Quantised:
     values_TD: NDArray[Any]  # of scheme.dtype
     scale_T: NDArray[np.float32] | None = None
 
+    @property
+    def values_TB(self) -> NDArray[np.uint8]:
+        """The rows as bytes."""
+        return self.values_TD.view(np.uint8)
+
+    @property
+    def scale_TB(self) -> NDArray[np.uint8]:
+        """The scales as bytes, 0 of them where the scheme has none."""
+        if self.scale_T is None:
+            return np.empty((len(self.values_TD), 0), np.uint8)
+        return self.scale_T.view(np.uint8).reshape(-1, SCALE_BYTES)
+
 
 class Buffers:
     """Memory that `quantise` writes into again and again. It grows to the largest block that it has seen."""
@@ -132,18 +144,16 @@ def pack(quantised: Quantised, row_index_R: NDArray[np.int64], out: NDArray[np.u
 
     Raises ValueError if `out` has another size, IndexError if an index names no row.
     """
-    values_TB = quantised.values_TD.view(np.uint8)
+    rows, payload_bytes = (
+        row_index_R.size,
+        quantised.scheme.payload_bytes(row_index_R.size, quantised.values_TD.shape[1]),
+    )
     payload = np.frombuffer(out, np.uint8)
-    rows, row_bytes = row_index_R.size, values_TB.shape[1]
-    values_at = 0 if quantised.scale_T is None else rows * SCALE_BYTES
-    if payload.size != values_at + rows * row_bytes:
-        raise ValueError(f"{rows} rows take {values_at + rows * row_bytes} bytes, not the {payload.size} given")
-    wrong = kernels.gather(values_TB, row_index_R, payload[values_at:].reshape(rows, row_bytes))
+    if payload.size != payload_bytes:
+        raise ValueError(f"{rows} rows take {payload_bytes} bytes, not the {payload.size} given")
+    wrong = kernels.gather(quantised.scale_TB, quantised.values_TB, row_index_R, payload)
     if wrong != kernels.NO_ROW:
-        raise IndexError(f"row {row_index_R[wrong]} is not one of the block's {len(values_TB)}")
-    if quantised.scale_T is not None:
-        scale_TB = quantised.scale_T.view(np.uint8).reshape(-1, SCALE_BYTES)
-        kernels.gather(scale_TB, row_index_R, payload[:values_at].reshape(rows, SCALE_BYTES))
+        raise IndexError(f"row {row_index_R[wrong]} is not one of the block's {len(quantised.values_TD)}")
 
 
 def unpack(payload: bytes | memoryview, rows: int, width: int, scheme: Scheme, out_RD: NDArray[np.float32]) -> None:

@@ -54,7 +54,7 @@ BY_NAME = {
     "scheme": scheme,
     "reply_scheme": scheme,
     "heartbeat_ns": st.integers(10**6, 10**12),
-    "credit_bytes": st.integers(1, 2**31),
+    "window_bytes": st.integers(1, 2**31),
 }
 
 
