@@ -128,10 +128,8 @@ class LocalFleet:
 
     def _watch(self) -> None:
         while not self._stopping.is_set():
-            running = [
-                node.process.sentinel for node in self.nodes if node.process is not None and not node.restart_at_s
-            ]
-            multiprocessing.connection.wait(running, timeout=WATCH_EVERY_S)
+            running = [node.process for node in self.nodes if node.process is not None and node.process.is_alive()]
+            multiprocessing.connection.wait([process.sentinel for process in running], timeout=WATCH_EVERY_S)
             for node in self.nodes:
                 if not self._stopping.is_set():
                     self._look_after(node, time.monotonic())
@@ -141,7 +139,7 @@ class LocalFleet:
             if now_s >= node.restart_at_s:
                 node.start()
                 self._on_event("process_restarted", device=node.name)
-        elif node.process is not None and node.process.exitcode is not None:
+        elif node.process is not None and node.process.exitcode:  # 0: it was told that the run is over
             exit_code = node.process.exitcode
             wait_s = node.plan_restart(now_s)
             self._on_event("process_died", device=node.name, exit_code=exit_code, restart_in_s=wait_s)

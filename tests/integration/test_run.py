@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from processes import TESTBED, Command, Log, run_file, started
 
-from testbed.runlog.reader import read_manifest, read_table
+from testbed.runlog.reader import read_events, read_manifest, read_table
 from testbed.runlog.schema import CONFIG, EVENTS, MANIFEST
 from testbed.runlog.seal import seal_run
 
@@ -88,6 +88,8 @@ def assert_log_is_complete(run_dir: Path, file: Path) -> None:
     assert rounds.num_rows == 2 * (prefill + decode) * LAYERS * DEVICES
     assert tokens.num_rows == 2 * (2 * 32 + 8 + decode) * LAYERS
     assert {path.read_text() for path in (run_dir / "nodes").iterdir()} == {""}
+    kinds = {event["kind"] for event in read_events(run_dir)}
+    assert kinds == {"node_joined", "all_joined", "scored", "generated"}, "leaving at the end is no loss"
 
 
 def test_ctrl_c_ends_a_run_with_one_line_and_a_sealed_log(tmp_path: Path) -> None:
