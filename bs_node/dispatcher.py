@@ -34,6 +34,10 @@ class ExchangeTimes:
 class Dispatcher(Protocol):
     """Computes blocks of rows on devices."""
 
+    def refresh(self) -> None:
+        """Learn who is there, before a policy chooses among them."""
+        ...
+
     def exchange(
         self, number: int, layer: int, hidden_TD: Float32, blocks: Sequence[Block]
     ) -> tuple[list[Outcome], ExchangeTimes]: ...
@@ -50,6 +54,9 @@ class InProcessDispatcher:
 
     def __init__(self, experts_of_device: Sequence[LocalExperts]) -> None:
         self._experts = experts_of_device
+
+    def refresh(self) -> None:
+        """Everyone is always there."""
 
     def exchange(
         self, _number: int, layer: int, hidden_TD: Float32, blocks: Sequence[Block]
@@ -82,6 +89,10 @@ class WirelessDispatcher:
         self._buffers = Buffers()
         self._rooms = [KeptRows() for _ in range(devices)]
         self.stray_messages = 0  # replies of rounds that are over: late ones, and duplicates
+
+    def refresh(self) -> None:
+        """Deal with what came since the last round; what belongs to older rounds is only counted."""
+        self.stray_messages += len(self._station.receive(0))
 
     def exchange(
         self, number: int, layer: int, hidden_TD: Float32, blocks: Sequence[Block]

@@ -84,6 +84,7 @@ class Session:
 
     def state(self) -> State:
         """What the policy may know now."""
+        self.dispatcher.refresh()
         available_N = np.array([node.available for node in self._nodes])
         return self._estimator.state(self.phase, available_N, monotonic_ns() / 1e9)
 

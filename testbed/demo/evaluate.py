@@ -45,7 +45,7 @@ def evaluate(model: Any, held_out: HeldOut, windows: int) -> dict[str, float]:
     for i in range(windows):
         start = (len(held_out.tokens) - WINDOW_TOKENS - 1) * i // windows
         window = held_out.tokens[start : start + WINDOW_TOKENS + 1]
-        logits_TV = model(window[None, :-1], output_router_logits=False).logits[0].float()
+        logits_TV = model(window[None, :-1]).logits[0].float()
         nats += torch.nn.functional.cross_entropy(logits_TV, window[1:], reduction="sum").item()
         correct += int((logits_TV.argmax(-1) == window[1:]).sum())
     model.train(was_training)
@@ -73,14 +73,17 @@ def expert_load(model: Any, held_out: HeldOut, windows: int) -> list[list[float]
 
 
 def model_card(training: dict[str, Any], quality: dict[str, float], load: list[list[float]]) -> str:
-    recipe = training["recipe"]
+    recipe, stages = training["recipe"], training["stages"]
+    tokens = stages[-1]["to_step"] * recipe["batch_windows"] * recipe["window_tokens"]
+    time = "; ".join(
+        f"steps {s['from_step']:,} to {s['to_step']:,} in {s['seconds'] / 60:.0f} minutes, {s['processes']} processes"
+        for s in stages
+    )
     rows = "\n".join(
         f"| {layer} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |"
         for layer, shares in enumerate(load)
     )
     experts = " | ".join(f"expert {e}" for e in range(len(load[0])))
-    resumed = training["resumed_at_step"]
-    history = f", interrupted once and resumed at step {resumed:,} with fresh optimizers" if resumed else ""
     return f"""---
 license: apache-2.0
 ---
@@ -93,9 +96,9 @@ source; it is good for nothing else.
 | | |
 |---|---|
 | data | source of Python {training["python"]}'s standard library; a twentieth of the files, by a hash, held out |
-| tokens | {recipe["tokens"]:,} seen ({recipe["tokens"] / training["training_tokens_in_corpus"]:.1f} passes){history} |
-| time | {training["time"]} |
-| command | `{training["command"]}` |
+| tokens | {tokens:,} seen, {tokens / training["corpus_tokens"]:.1f} passes |
+| time | {time}; each stage starts with fresh optimizers |
+| command | `make demo-model`, or `python -m testbed.demo.train --out DIR`, `--resume` for a further stage |
 | stored | fp16 safetensors; `output_router_logits` false, because generation with a cache fails with it |
 
 Measured on held-out files of the same Python, {quality["predicted_tokens"]:,} tokens in windows of {WINDOW_TOKENS}, in

@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from testbed.demo.corpus import documents
@@ -22,7 +26,8 @@ from testbed.demo.evaluate import evaluate, held_out_tokens
 from testbed.demo.muon import Muon
 from testbed.demo.tokenizer import encode, save_tokenizer, train_tokenizer
 
-PROGRESS = "progress.json"
+FACTS = "training.json"
+TOP_K = 2
 REPORT_EVERY_STEPS = 200
 
 
@@ -38,12 +43,12 @@ class Recipe:
     window_tokens: int = 256
     batch_windows: int = 16
     tokens: int = 28_000_000
-    muon_lr: float = 0.02
-    adam_lr: float = 0.003
-    weight_decay: float = 0.05
-    decay_fraction: float = 0.4
+    muon_lr: float = 0.01
+    adam_lr: float = 0.002
+    weight_decay: float = 0.1
+    decay_fraction: float = 0.5
     warmup_steps: int = 100
-    balance_loss: float = 0.01
+    balance_loss: float = 0.02
     seed: int = 0
 
     @property
@@ -61,9 +66,8 @@ def build_model(recipe: Recipe) -> MixtralForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=1024,
         num_local_experts=recipe.experts,
-        num_experts_per_tok=2,
-        output_router_logits=True,
-        router_aux_loss_coef=recipe.balance_loss,
+        num_experts_per_tok=TOP_K,
+        router_aux_loss_coef=0.0,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
@@ -91,39 +95,43 @@ def rate_factor(step: int, recipe: Recipe) -> float:
     return min(1.0, (step + 1) / recipe.warmup_steps, left)
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool) -> None:
-    """Train to the end of the recipe; every 200 steps `out` holds a whole checkpoint."""
-    first_step = json.loads((out / PROGRESS).read_text())["step"] if resume else 0
-    torch.manual_seed(recipe.seed + first_step)
+def train(recipe: Recipe, out: Path, *, resume: bool, rank: int = 0) -> None:
+    """Train to the end of the recipe; every 200 steps `out` holds a whole checkpoint and what led to it."""
+    earlier = json.loads((out / FACTS).read_text())["stages"] if resume else []
+    first_step = earlier[-1]["to_step"] if earlier else 0
+    torch.manual_seed(recipe.seed)
     training = list(documents(held_out=False))
     tokenizer = train_tokenizer([document.text for document in training], recipe.vocabulary)
-    tokens = encode(tokenizer, training)
-    held_out = held_out_tokens(tokenizer)
+    tokens, held_out = encode(tokenizer, training), held_out_tokens(tokenizer)
     model = build_model(recipe)
     if resume:
         model.load_state_dict(MixtralForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict())
     optimizers = build_optimizers(model, recipe)
+    torch.manual_seed(recipe.seed + first_step + 1_000_003 * rank)  # every process sees other windows
     print(f"{len(tokens):,} training tokens, {model.num_parameters():,} parameters, {recipe.steps:,} steps", flush=True)
     started_s = time.monotonic()
     for step in range(first_step, recipe.steps):
         loss = take_step(model, optimizers, tokens, recipe, step)
-        if (step + 1) % REPORT_EVERY_STEPS == 0 or step + 1 == recipe.steps:
-            quality = evaluate(model, held_out, windows=40)
+        if rank == 0 and ((step + 1) % REPORT_EVERY_STEPS == 0 or step + 1 == recipe.steps):
             elapsed_s = time.monotonic() - started_s
-            rate = (step + 1 - first_step) * recipe.batch_windows * recipe.window_tokens / elapsed_s
-            print(f"step {step + 1}  {elapsed_s:.0f} s  {rate:.0f} tokens/s  loss {loss:.3f}  {quality}", flush=True)
+            print(f"step {step + 1}  {elapsed_s:.0f} s  loss {loss:.3f}  {evaluate(model, held_out, 40)}", flush=True)
+            processes = dist.get_world_size() if dist.is_initialized() else 1
+            stage = {"from_step": first_step, "to_step": step + 1, "seconds": round(elapsed_s), "processes": processes}
             save(model, out)
             save_tokenizer(tokenizer, out)
-            (out / PROGRESS).write_text(json.dumps({"step": step + 1}))
+            save_facts(recipe, [*earlier, stage], len(tokens), out)
+
+
+def save_facts(recipe: Recipe, stages: list[dict[str, int]], corpus_tokens: int, out: Path) -> None:
+    """What the model card will say of how it came about."""
     facts = {
         "recipe": asdict(recipe),
-        "resumed_at_step": first_step,
-        "seconds": round(time.monotonic() - started_s),
+        "stages": stages,
+        "corpus_tokens": corpus_tokens,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "training_tokens_in_corpus": len(tokens),
     }
-    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def take_step(
@@ -132,39 +140,77 @@ def take_step(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("full_lr", group["lr"]) * rate_factor(step, recipe)
-    starts = torch.randint(len(tokens) - recipe.window_tokens, (recipe.batch_windows,)).tolist()
+    windows = recipe.batch_windows // (dist.get_world_size() if dist.is_initialized() else 1)
+    starts = torch.randint(len(tokens) - recipe.window_tokens, (windows,)).tolist()
     batch = torch.stack([tokens[start : start + recipe.window_tokens] for start in starts])
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(batch, labels=batch).loss
-    loss.backward()
+        output = model(batch, labels=batch, output_router_logits=True)
+    (output.loss + recipe.balance_loss * balance_loss(output.router_logits, TOP_K)).backward()
+    average_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return float(loss.item())
+    return float(output.loss.item())
+
+
+def average_gradients(model: MixtralForCausalLM) -> None:
+    """Over the processes of a training, in one message."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+
+
+def balance_loss(router_logits: Sequence[torch.Tensor], top_k: int) -> torch.Tensor:
+    """Mean over the layers of E * sum of (share of the choices * mean probability): 1 where all experts are used alike.
+
+    Layer by layer: transformers' own balances the sum over all layers, and lets experts of single layers die.
+    """
+    losses = []
+    for logits_TE in router_logits:
+        probability_TE = logits_TE.float().softmax(dim=-1)
+        experts = probability_TE.shape[1]
+        chosen = probability_TE.topk(top_k, dim=-1).indices.flatten()
+        share_E = torch.bincount(chosen, minlength=experts) / chosen.numel()
+        losses.append(experts * (share_E * probability_TE.mean(dim=0)).sum())
+    return torch.stack(losses).mean()
 
 
 def save(model: MixtralForCausalLM, out: Path) -> None:
-    """fp16, router logits off: generation with a cache fails with them on."""
-    model.config.output_router_logits = False
+    """fp16; `output_router_logits` stays false, generation with a cache fails with it."""
     MixtralForCausalLM.from_pretrained(
         None, config=model.config, state_dict=model.state_dict(), dtype=torch.float16
     ).save_pretrained(out)
-    model.config.output_router_logits = True
+
+
+def train_process(rank: int, processes: int, meeting: str, recipe: Recipe, out: Path, resume: bool) -> None:
+    """One of the processes that share a batch. One thread each: two would wait for each other in every operation."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    train(recipe, out, resume=resume, rank=rank)
+    dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and tokenizer")
     parser.add_argument("--resume", action="store_true", help="go on from what --out holds, with fresh optimizers")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="one thread each; they share the batch (default 2)")
     for field in fields(Recipe):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     options = vars(parser.parse_args())
-    out, resume, threads = options.pop("out"), options.pop("resume"), options.pop("threads")
+    out, resume, processes = options.pop("out"), options.pop("resume"), options.pop("processes")
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(threads)
-    train(Recipe(**options), out, resume=resume)
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/meeting"
+        arguments = (processes, meeting, Recipe(**options), out, resume)
+        spawn: Any = torch.multiprocessing.spawn
+        spawn(train_process, arguments, nprocs=processes)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,7 @@ def test_nodes_are_taken_back_even_when_none_is_left_to_wait_for(tmp_path: Path)
             node.process.kill()
 
         def all_back() -> bool:
+            dispatcher.refresh()
             dispatcher.exchange(0, 0, nothing_to_send, [])
             return len(nodes.listening.told("node_joined")) == 2 * len(DEVICES)
 
