@@ -30,9 +30,10 @@ bench: $(READY)  ## speed, as ratios within one run
 	$(BIN)/python benchmarks/codec.py
 	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/recording.py
+	$(BIN)/python benchmarks/fleet_start.py
 	$(BIN)/python benchmarks/layer_round.py
 
-demo-model: $(READY)  ## train the demo model anew (about 1.5 hours)
+demo-model: $(READY)  ## train the demo model anew (hours)
 	$(BIN)/python -m testbed.demo.train --out demo-model
 
 clean:

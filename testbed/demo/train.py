@@ -15,10 +15,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from testbed.demo.corpus import documents
@@ -162,7 +162,7 @@ def average_gradients(model: MixtralForCausalLM) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, averaged in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(averaged.view_as(gradient))
 
 
@@ -209,8 +209,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         arguments = (processes, meeting, Recipe(**options), out, resume)
-        spawn: Any = torch.multiprocessing.spawn
-        spawn(train_process, arguments, nprocs=processes)
+        spawn(train_process, arguments, nprocs=processes)  # type: ignore[no-untyped-call] # torch gives it no types
 
 
 if __name__ == "__main__":
