@@ -101,10 +101,10 @@ def combine(outcomes: Sequence[Outcome], weight_TK: FloatArray, out_TD: Float32)
         accumulate(outcome.output_RD[rows_], weight_R, token_R, out_TD)
 
 
-def arrived(outcomes: Sequence[Outcome], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """arrived_TK: the pairs whose output is there."""
-    arrived_TK = np.zeros(shape, bool)
+def arrived(outcomes: Sequence[Outcome], device_TK: IntArray) -> NDArray[np.bool_]:
+    """arrived_TK: the pairs that were sent and whose output is there."""
+    arrived_TK: NDArray[np.bool_] = device_TK != DROPPED
     for outcome in outcomes:
-        if outcome.output_RD is not None:
-            arrived_TK[outcome.block.token_R, outcome.block.choice_R] = True
+        if outcome.output_RD is None:
+            arrived_TK[outcome.block.token_R, outcome.block.choice_R] = False
     return arrived_TK

@@ -55,7 +55,7 @@ def remote_experts(
     outcomes, exchange_times = session.dispatcher.exchange(session.rounds, layer.index, hidden, blocks)
     times.exchanged(exchange_times)
 
-    arrived_TK = arrived(outcomes, routing.expert_TK.shape)
+    arrived_TK = arrived(outcomes, selection.device_TK)
     nothing_lost = all(outcome.output_RD is not None for outcome in outcomes)
     final_TK = selection.weight_TK if nothing_lost else surviving_weights(routing, arrived_TK)
     out_TD = np.zeros_like(hidden)

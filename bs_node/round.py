@@ -137,7 +137,7 @@ def make_transfer(
 ) -> Transfer:
     """A block on its way: numbered parts of whole rows."""
     width = quantised.values_TD.shape[1]
-    parts = part_count(block.rows, quantised.scheme.row_bytes(width), part_bytes)
+    parts = part_count(block.rows, quantised.scheme.bytes_per_value * width, part_bytes)
     request = RequestPart(
         run, number, 0, layer, 0, parts, block.rows, width, quantised.scheme.name, reply_scheme, block.segments,
     )  # fmt: skip

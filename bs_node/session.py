@@ -109,11 +109,11 @@ class Session:
         times: RoundTimes,
     ) -> None:
         """Learn from a round and log it. Raises OrphanedTokensError where the run file asks for that."""
+        now_s = monotonic_ns() / 1e9
         for outcome in outcomes:
-            if outcome.status is Status.ANSWERED and outcome.rtt_ns is not None:
-                self._estimator.teach(
-                    outcome.block.device, self.phase, outcome.block.rows, outcome.rtt_ns / 1e9, monotonic_ns() / 1e9
-                )
+            rtt_ns = outcome.rtt_ns
+            if outcome.status is Status.ANSWERED and rtt_ns is not None:
+                self._estimator.teach(outcome.block.device, self.phase, outcome.block.rows, rtt_ns / 1e9, now_s)
         orphaned_T = ~arrived_TK.any(axis=1) & routed(routing).any(axis=1)
         if self._recorder is not None:
             tokens = {

@@ -146,7 +146,7 @@ class Worker:
         quantise_started_ns = time.monotonic_ns()
         quantised = quantise(output_RD, scheme, self._buffers)
         sent_ns = time.monotonic_ns()
-        parts = part_count(request.rows, scheme.row_bytes(request.width), self._part_bytes)
+        parts = part_count(request.rows, scheme.bytes_per_value * request.width, self._part_bytes)
         headers = PartHeaders(
             ReplyPart(
                 request.run, request.round, request.attempt, 0, parts, request.rows, request.width, scheme.name,

@@ -10,8 +10,7 @@ A message is one msgpack header of at most 4 KiB and, for parts of a block, one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import msgpack
 
@@ -39,119 +38,117 @@ PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 4096
 
 
-def checked(check: Check) -> Any:
-    """A field that is accepted from the wire only if `check` holds."""
-    return field(metadata={"check": check})
+# A field's type, and what it must hold to be accepted from the wire.
+U16 = Annotated[int, is_u16]
+U64 = Annotated[int, is_u64]
+Duration = Annotated[int, is_duration]
+RowCount = Annotated[int, is_row_count]
+Width = Annotated[int, is_width]
+Text = Annotated[str, is_text]
+SchemeName = Annotated[str, one_of("int8", "fp16", "bf16", "fp32")]
+Figure = Annotated[float | None, is_figure]
+Figures = Annotated[dict[str, Any], is_figures]
+Held = Annotated[list[int], is_held]
+Segments = Annotated[list[list[int]], is_segments]
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(NamedTuple):
     """A node introduces itself; the BS binds `device` to the CURVE key that sent this."""
 
-    protocol: int = checked(whole(0, 2**31))
-    device: str = checked(is_text)
-    boot_id: int = checked(is_u64)  # drawn at process start: a restarted node is a new one
-    manifest_sha256: str = checked(is_text)
-    experts_held: list[int] = checked(is_held)  # noqa: RUF009 - checked() makes a field
-    emulated_flops_per_s: float | None = checked(is_figure)  # compute is padded to this; None: as fast as it is
+    protocol: Annotated[int, whole(0, 2**31)]
+    device: Text
+    boot_id: U64  # drawn at process start: a restarted node is a new one
+    manifest_sha256: Text
+    experts_held: Held
+    emulated_flops_per_s: Figure  # compute is padded to this; None: as fast as it is
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
+class Heartbeat(NamedTuple):
     """Sent by the loop that computes, so that a hung node falls silent."""
 
-    sent_ns: int = checked(is_u64)  # the node's monotonic clock
-    figures: dict[str, Any] = checked(is_figures)  # noqa: RUF009 - checked() makes a field
+    sent_ns: U64  # the node's monotonic clock
+    figures: Figures
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(NamedTuple):
     """Before a long block: no sign of life will come for about `estimate_ns`, and that is no reason to worry."""
 
-    round: int = checked(is_u64)
-    rows: int = checked(is_row_count)
-    estimate_ns: int = checked(is_duration)
+    round: U64
+    rows: RowCount
+    estimate_ns: Duration
 
 
-@dataclass(frozen=True, slots=True)
-class Credit:
+class Credit(NamedTuple):
     """Bytes of the current block that have arrived: opens the sender's window."""
 
-    round: int = checked(is_u64)
-    attempt: int = checked(is_u16)
-    received_bytes: int = checked(is_u64)
+    round: U64
+    attempt: U16
+    received_bytes: U64
 
 
-@dataclass(frozen=True, slots=True)
-class RequestPart:
+class RequestPart(NamedTuple):
     """Part `part` of a block of `rows` rows, followed by its payload; `parts.py` says which rows it carries."""
 
-    run: int = checked(is_u64)
-    round: int = checked(is_u64)
-    attempt: int = checked(is_u16)
-    layer: int = checked(is_u16)
-    part: int = checked(is_u16)
-    parts: int = checked(whole(1, 2**16 - 1))
-    rows: int = checked(is_row_count)
-    width: int = checked(is_width)
-    scheme: str = checked(one_of("int8", "fp16", "bf16", "fp32"))
-    reply_scheme: str = checked(one_of("int8", "fp16", "bf16", "fp32"))
-    segments: list[list[int]] = checked(is_segments)  # noqa: RUF009 - checked() makes a field
+    run: U64
+    round: U64
+    attempt: U16
+    layer: U16
+    part: U16
+    parts: Annotated[int, whole(1, 2**16 - 1)]
+    rows: RowCount
+    width: Width
+    scheme: SchemeName
+    reply_scheme: SchemeName
+    segments: Segments
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyPart:
+class ReplyPart(NamedTuple):
     """Part of the experts' outputs, rows in the order of the request, and where the node's time went."""
 
-    run: int = checked(is_u64)
-    round: int = checked(is_u64)
-    attempt: int = checked(is_u16)
-    part: int = checked(is_u16)
-    parts: int = checked(whole(1, 2**16 - 1))
-    rows: int = checked(is_row_count)
-    width: int = checked(is_width)
-    scheme: str = checked(one_of("int8", "fp16", "bf16", "fp32"))
-    received_ns: int = checked(is_u64)  # the node's monotonic clock when the last part of the request was read
-    sent_ns: int = checked(is_u64)  # ... when the first part of the reply was handed to the socket
-    queue_ns: int = checked(is_duration)
-    dequantise_ns: int = checked(is_duration)
-    compute_ns: int = checked(is_duration)
-    padding_ns: int = checked(is_duration)  # emulated compute time added after the real one
-    quantise_ns: int = checked(is_duration)
+    run: U64
+    round: U64
+    attempt: U16
+    part: U16
+    parts: Annotated[int, whole(1, 2**16 - 1)]
+    rows: RowCount
+    width: Width
+    scheme: SchemeName
+    received_ns: U64  # the node's monotonic clock when the last part of the request was read
+    sent_ns: U64  # ... when the first part of the reply was handed to the socket
+    queue_ns: Duration
+    dequantise_ns: Duration
+    compute_ns: Duration
+    padding_ns: Duration  # emulated compute time added after the real one
+    quantise_ns: Duration
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
+class Rejected(NamedTuple):
     """The node will not compute this block; it says why."""
 
-    round: int = checked(is_u64)
-    attempt: int = checked(is_u16)
-    reason: str = checked(is_text)
+    round: U64
+    attempt: U16
+    reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(NamedTuple):
     """The BS takes the node into the run."""
 
-    run: int = checked(is_u64)
-    heartbeat_ns: int = checked(whole(10**6, 10**12))
-    window_bytes: int = checked(whole(1, 2**31))  # a block above this needs credit to come whole
+    run: U64
+    heartbeat_ns: Annotated[int, whole(10**6, 10**12)]
+    window_bytes: Annotated[int, whole(1, 2**31)]  # a block above this needs credit to come whole
 
 
-@dataclass(frozen=True, slots=True)
-class HelloAgain:
+class HelloAgain(NamedTuple):
     """The BS does not know this connection (it was restarted, or the link was): introduce yourself again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(NamedTuple):
     """The BS will not work with this node, and waiting will not change that."""
 
-    reason: str = checked(is_text)
+    reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Goodbye:
+class Goodbye(NamedTuple):
     """The run is over."""
 
 
@@ -174,10 +171,12 @@ class _Layout(NamedTuple):
 
 
 def _layouts(kinds: tuple[type, ...]) -> tuple[_Layout, ...]:
-    return tuple(
-        _Layout(kind, t, tuple(f.name for f in fields(t)), tuple(f.metadata["check"] for f in fields(t)))
-        for kind, t in enumerate(kinds)
-    )
+    return tuple(_Layout(kind, t, t._fields, checks_of(t)) for kind, t in enumerate(kinds))  # type: ignore[attr-defined]
+
+
+def checks_of(message_type: type) -> tuple[Check, ...]:
+    """What each field of a message must hold, in order."""
+    return tuple(hint.__metadata__[0] for hint in get_type_hints(message_type, include_extras=True).values())
 
 
 _FROM_NODE, _FROM_BASE_STATION = _layouts(FROM_NODE), _layouts(FROM_BASE_STATION)
@@ -190,10 +189,9 @@ def encode(message: Any) -> bytes:
     Raises MessageError for what a receiver would not accept: a field out of its range, or more than 4 KiB.
     """
     layout = _LAYOUT_OF[type(message)]
-    values = [getattr(message, name) for name in layout.names]
-    layout.check(values)
+    layout.check(message)
     try:
-        header: bytes = msgpack.packb([layout.kind, *values])
+        header: bytes = msgpack.packb((layout.kind, *message))
     except UnicodeEncodeError as error:
         raise MessageError(f"{type(message).__name__}: a text is not Unicode: {error.reason}") from error
     if len(header) > MAX_HEADER_BYTES:

@@ -6,7 +6,6 @@ would look like a dead peer; parts keep every link talking.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from operator import attrgetter
 
 import numpy as np
@@ -18,14 +17,17 @@ from testbed.wire.quantization import SCHEMES, unpack
 
 MAX_BLOCK_BYTES = 2**30
 _SAID_OF_BLOCK = {  # all that the parts of one block must agree on
-    kind: attrgetter(*(field.name for field in fields(kind) if field.name != "part"))
-    for kind in (RequestPart, ReplyPart)
+    kind: attrgetter(*(name for name in kind._fields if name != "part")) for kind in (RequestPart, ReplyPart)
 }
 
 
-def part_count(rows: int, row_bytes: int, part_bytes: int) -> int:
-    """How many parts a block of `rows` travels in, each of whole rows and, if more than one row, of <= part_bytes."""
-    rows_per_part = max(1, part_bytes // row_bytes)
+def part_count(rows: int, value_bytes_per_row: int, part_bytes: int) -> int:
+    """How many parts a block of `rows` travels in, each of whole rows.
+
+    A part of more than one row has at most `part_bytes` of values; the scales of int8, 4 bytes a row, come on top, so
+    that sixteen rows of 4096 are one part of 64 KiB and not two.
+    """
+    rows_per_part = max(1, part_bytes // value_bytes_per_row)
     return -(-rows // rows_per_part)
 
 

@@ -140,7 +140,7 @@ def test_a_lost_block_adds_nothing_and_its_pairs_have_not_arrived(routed: Routed
             outcome.status, outcome.output_RD = Status.LOST, None
     assert combined(routed, outcomes).tobytes() == slowly_combined(routed, frozenset(lost)).tobytes()
     there_TK = (routed.device_TK != DROPPED) & ~np.isin(routed.device_TK, list(lost))
-    assert (arrived(outcomes, routed.expert_TK.shape) == there_TK).all()
+    assert (arrived(outcomes, routed.device_TK) == there_TK).all()
 
 
 def test_combine_adds_to_what_is_there() -> None:

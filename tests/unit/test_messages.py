@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import replace
 
 from testbed.errors import MessageError
 from testbed.wire import checks
@@ -25,6 +25,7 @@ from testbed.wire.messages import (
     Rejected,
     ReplyPart,
     RequestPart,
+    checks_of,
     decode_from_base_station,
     decode_from_node,
     encode,
@@ -61,7 +62,10 @@ BY_NAME = {
 def messages_of(kind: type) -> st.SearchStrategy[Any]:
     return st.builds(
         kind,
-        **{f.name: BY_NAME[f.name] if f.name in BY_NAME else BY_CHECK[f.metadata["check"]] for f in fields(kind)},
+        **{
+            name: BY_NAME[name] if name in BY_NAME else BY_CHECK[check]
+            for name, check in zip(kind._fields, checks_of(kind), strict=True)
+        },
     )
 
 
@@ -134,7 +138,7 @@ def test_no_message_is_taken_for_one_of_the_other_direction(node_message: Any, s
 
 @given(from_node | from_base_station, st.data())
 def test_what_encode_takes_is_what_decode_accepts(message: Any, data: st.DataObject) -> None:
-    names = [f.name for f in fields(message)]
+    names = list(message._fields)
     changed = data.draw(st.dictionaries(st.sampled_from(names), anything, max_size=2)) if names else {}
     message = replace(message, **changed)
     try:
@@ -250,7 +254,7 @@ def test_what_is_no_list_of_a_known_kind_and_its_fields_is_refused(header: bytes
 
 @pytest.mark.parametrize("kind", range(6))
 def test_a_field_too_many_or_too_few_is_refused(kind: int) -> None:
-    lengths = {len(fields(kinds[kind])) for kinds in (FROM_NODE, FROM_BASE_STATION) if kind < len(kinds)}
+    lengths = {len(kinds[kind]._fields) for kinds in (FROM_NODE, FROM_BASE_STATION) if kind < len(kinds)}
     for length in set(range(20)) - lengths:
         assert_refused(packed(kind, *[1] * length))
 
@@ -304,16 +308,16 @@ def test_a_key_that_comes_twice_or_is_no_text_is_refused(figures: bytes) -> None
 @pytest.mark.parametrize("message", [REQUEST, REPLY], ids=["request", "reply"])
 @pytest.mark.parametrize("bad", [True, None, -1, 2**63, 2**64 - 1, 1.0, "1", [1]])
 def test_a_whole_number_is_nothing_else_and_within_its_range(message: Any, bad: Any) -> None:
-    for f in fields(message):
-        if f.type == "int":
-            wrong = replace(message, **{f.name: bad})
-            with pytest.raises(MessageError, match=rf"{type(message).__name__}\.{f.name}"):
+    for name, kind in get_type_hints(type(message)).items():
+        if kind is int:
+            wrong = replace(message, **{name: bad})
+            with pytest.raises(MessageError, match=rf"{type(message).__name__}\.{name}"):
                 encode(wrong)
             assert_refused(packed((*FROM_NODE, *FROM_BASE_STATION).index(type(message)) % 6, *values_of(wrong)))
 
 
 def values_of(message: Any) -> list[Any]:
-    return [getattr(message, f.name) for f in fields(message)]
+    return list(message)
 
 
 @pytest.mark.parametrize("name", ["rows", "width", "parts"])

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import replace
 from numpy.typing import NDArray
 
 from testbed.errors import MessageError
