@@ -76,7 +76,7 @@ def model_card(training: dict[str, Any], quality: dict[str, float], load: list[l
     recipe, stages = training["recipe"], training["stages"]
     tokens = stages[-1]["to_step"] * recipe["batch_windows"] * recipe["window_tokens"]
     time = "; ".join(
-        f"steps {s['from_step']:,} to {s['to_step']:,} in {s['seconds'] / 60:.0f} minutes, {s['processes']} processes"
+        f"steps {s['from_step']:,} to {s['to_step']:,} in {s['seconds'] / 60:.0f} minutes, {s['processes']} process(es)"
         for s in stages
     )
     rows = "\n".join(
