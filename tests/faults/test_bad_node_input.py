@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,12 +73,12 @@ def test_a_node_with_another_split_is_told_so(listening: Listening, tmp_path: Pa
 def test_a_node_of_another_protocol_version_is_told_both_versions(
     listening: Listening, manifest: Manifest, tmp_path: Path
 ) -> None:
-    right = Hello(PROTOCOL_VERSION, NODE, 1, manifest_hash(manifest), manifest.held_counts(NODE), None)
+    hello = Hello(PROTOCOL_VERSION + 1, NODE, 1, manifest_hash(manifest), manifest.held_counts(NODE), None)
     keys = listening.keys / NODE
     node = NodeSocket(f"tcp://127.0.0.1:{listening.port}", read_pair(keys, NODE), read_public(keys / "bs.pub"))
     try:
         until(lambda: node.socket.poll(20, zmq.POLLOUT), 10, "a connection")
-        node.socket.send(encode(replace(right, protocol=PROTOCOL_VERSION + 1)))
+        node.socket.send(encode(hello))
         until(lambda: listening.station.receive(20) or node.socket.poll(0), 10, "an answer")
         answer = decode_from_base_station(node.socket.recv())
     finally:
