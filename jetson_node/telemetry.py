@@ -47,11 +47,13 @@ class Telemetry:
         self._unread += self._sampler.stdout.read() or b""
         *lines, self._unread = self._unread.split(b"\n")
         if lines:
-            self._board = board_figures(json.loads(lines[-1]))
+            self._board = _figures_of_line(lines[-1])
+        elif self._sampler.poll() is not None:  # it ended: what it said last is no longer true
+            self._board = {}
 
     def close(self) -> None:
         if self._sampler is not None:
-            self._sampler.terminate()
+            self._sampler.kill()
             self._sampler.wait()
 
 
@@ -60,6 +62,14 @@ def _start_sampler() -> subprocess.Popen[bytes]:
     if sampler.stdout is not None:
         os.set_blocking(sampler.stdout.fileno(), False)
     return sampler
+
+
+def _figures_of_line(line: bytes) -> Figures:
+    try:
+        stats = json.loads(line)
+    except ValueError:
+        return {}
+    return board_figures(stats) if isinstance(stats, dict) else {}
 
 
 def board_figures(stats: dict[str, Any]) -> Figures:

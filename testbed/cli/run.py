@@ -17,9 +17,12 @@ def command(
     insecure: Annotated[bool, typer.Option("--insecure", help="No encryption, no keys; the log says so.")] = False,
 ) -> None:
     """Run every policy of a run file over its devices and compare them."""
+    import signal
+
     from testbed.config import load_run_file
 
     config = load_run_file(file)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: nodes, keys and log included
 
     from testbed.cli.output import console, print_json_line
     from testbed.experiment.run import run_experiment

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import zmq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -94,7 +96,10 @@ def fingerprint(folder: Path) -> list[list[Any]]:
 @contextmanager
 def run_keys(devices: list[str]) -> Iterator[Path]:
     """Keys of this run only, in the private runtime directory, gone when the run is over."""
-    folder = Path(tempfile.mkdtemp(prefix="keys-", dir=runtime_directory()))
+    for left in runtime_directory().glob("keys-*-*"):  # by a run that was killed
+        if not psutil.pid_exists(int(left.name.split("-")[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"keys-{os.getpid()}-", dir=runtime_directory()))
     try:
         make_run_keys(folder, devices)
         yield folder
