@@ -119,11 +119,12 @@ Load: percent of the pairs (token, expert) per layer, on the same text; even wou
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--windows", type=int, default=400)
+    parser.add_argument("--windows", type=int, help="evenly spaced; default: as many as cover all held-out text")
     args = parser.parse_args()
     model = MixtralForCausalLM.from_pretrained(args.directory, dtype=torch.float32).train(False)
     held_out = held_out_tokens(Tokenizer.from_file(str(args.directory / "tokenizer.json")))
-    quality, load = evaluate(model, held_out, args.windows), expert_load(model, held_out, args.windows)
+    windows = args.windows or len(held_out.tokens) // WINDOW_TOKENS
+    quality, load = evaluate(model, held_out, windows), expert_load(model, held_out, windows)
     training = json.loads((args.directory / "training.json").read_text())
     (args.directory / "README.md").write_text(model_card(training, quality, load))
     print(json.dumps({**quality, "least_used_expert_share": min(min(shares) for shares in load)}))
