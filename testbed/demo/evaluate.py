@@ -119,7 +119,7 @@ Load: percent of the pairs (token, expert) per layer, on the same text; even wou
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--windows", type=int, help="evenly spaced; default: as many as cover all held-out text")
+    parser.add_argument("--windows", type=int, help="evenly spaced; default: all held-out text")
     args = parser.parse_args()
     model = MixtralForCausalLM.from_pretrained(args.directory, dtype=torch.float32).train(False)
     held_out = held_out_tokens(Tokenizer.from_file(str(args.directory / "tokenizer.json")))
