@@ -170,7 +170,7 @@ def token_kl(reference: Any, got: Any) -> Any:
 # divergence in nats per token. Worst of nine held-out texts of 256 tokens, measured with the shipped model:
 #   int8 0.0122, 7.8e-5, 2.1e-3        fp16 3.1e-4, 6.6e-8, 1.9e-6
 # The bounds are 1.3 to 2 times that, but for the mean of fp16: means are made by the few tokens whose gate was so near
-# a tie that the error of an earlier layer turned it, and what one of them costs depends on the token (up to 1.5e-4 seen).
+# a tie that the error of an earlier layer turned it, and one of them may cost much (1.5e-4 was seen).
 BOUNDS = {"int8": (0.02, 1.1e-4, 2.6e-3), "fp16": (6e-4, 1e-7, 3e-4)}
 
 
