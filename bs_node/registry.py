@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from testbed.checkpoint.manifest import Manifest, manifest_hash
 from testbed.wire.messages import PROTOCOL_VERSION, Hello
 
@@ -107,9 +104,6 @@ class Registry:
         for node in silent:
             node.silent = True
         return silent
-
-    def available_N(self) -> NDArray[np.bool_]:
-        return np.array([node.available for node in self.nodes])
 
     def missing(self) -> list[str]:
         return [node.name for node in self.nodes if not node.available]

@@ -92,7 +92,7 @@ class Worker:
         self._dequantise_ns += done_ns - started_ns
         if complete:
             block, self._block = self._block, None
-            self._serve(part, block, started_ns)
+            self._serve(part, block, started_ns, done_ns)
         else:
             self._credit(part, self._block)
 
@@ -105,7 +105,7 @@ class Worker:
             self._credited_bytes = block.payload_bytes
             self._link.send(Credit(part.round, part.attempt, self._credited_bytes))
 
-    def _serve(self, request: RequestPart, block: Assembler, received_ns: int) -> None:
+    def _serve(self, request: RequestPart, block: Assembler, received_ns: int, complete_ns: int) -> None:
         self._announce(request)
         output_RD = self._outputs.take(request.rows, request.width)
         started_ns = time.monotonic_ns()
@@ -114,7 +114,7 @@ class Worker:
         self._learn(request.rows, computed_ns - started_ns)
         padding_ns = self._pad(request.rows, started_ns, computed_ns)
         times = ComputeTimes(
-            queue_ns=max(0, started_ns - received_ns - self._dequantise_ns),
+            queue_ns=started_ns - complete_ns,  # parts before the last are dequantised while the others travel
             dequantise_ns=self._dequantise_ns,
             compute_ns=computed_ns - started_ns,
             padding_ns=padding_ns,

@@ -82,7 +82,7 @@ def test_a_refused_version_is_named_first_whatever_else_is_wrong(registry: Regis
 
 def test_devices_stand_in_the_order_of_the_split_and_are_away_at_first(registry: Registry) -> None:
     assert [(node.index, node.name) for node in registry.nodes] == [(0, "near"), (1, "far")]
-    assert registry.available_N().tolist() == [False, False]
+    assert [node.available for node in registry.nodes] == [False, False]
     assert registry.missing() == ["near", "far"]
 
 
@@ -90,7 +90,7 @@ def test_a_welcomed_node_is_there(registry: Registry, hello: HelloOf) -> None:
     node = registry.welcome(hello("far", boot_id=5, emulated_flops_per_s=1e9), b"id", 20, 0)
     assert registry.node_at(b"id") is node
     assert (node.name, node.boot_id, node.emulated_flops_per_s, node.joins) == ("far", 5, 1e9, 1)
-    assert registry.available_N().tolist() == [False, True]
+    assert [node.available for node in registry.nodes] == [False, True]
     assert registry.missing() == ["near"]
     assert registry.node_at(b"other") is None
 
@@ -116,7 +116,7 @@ def test_a_connection_that_takes_another_name_loses_the_first(registry: Registry
     near = registry.welcome(hello("near"), b"id", 20, 0)
     far = registry.welcome(hello("far"), b"id", 20, 0)
     assert registry.node_at(b"id") is far
-    assert registry.available_N().tolist() == [False, True]
+    assert [node.available for node in registry.nodes] == [False, True]
     assert registry.disconnected(20) is far
     assert not near.available
     assert not far.available
