@@ -47,10 +47,6 @@ class FfnSpec(BaseModel):
             shapes |= {f"{self.first}_bias": (rows,), "down_bias": (self.width,)}
         return shapes
 
-    def flop_per_row(self) -> int:
-        """Floating-point operations of one row through the matrices: the 4*m*m_h + 2*m_h*m of Eq. 4 for a gated FFN."""
-        return 2 * sum(shape[0] * shape[1] for shape in self.shapes().values() if len(shape) == 2)
-
 
 def tensor_name(layer: int, expert: int, part: str) -> str:
     """Name of an expert's tensor in a shard."""

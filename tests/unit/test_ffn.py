@@ -77,10 +77,9 @@ def test_activations_of_huge_values_neither_overflow_nor_vanish(act: str) -> Non
     assert out[0, 1] == 0
 
 
-def test_the_spec_says_what_a_shard_stores_and_what_a_row_costs() -> None:
+def test_the_spec_says_what_a_shard_stores() -> None:
     spec = FfnSpec(width=4096, inner=14336)
     assert spec.shapes() == {"gate_up": (28672, 4096), "down": (4096, 14336)}
-    assert spec.flop_per_row() == 352_321_536  # Mixtral: about 352 MFLOP (Eq. 4)
     bare = FfnSpec(width=4, inner=6, has_gate=False, has_bias=True)
     assert bare.shapes() == {"up": (6, 4), "down": (4, 6), "up_bias": (6,), "down_bias": (4,)}
 
