@@ -44,7 +44,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bs,dev]"
-	$(BIN)/python -c "import testbed.wire.quantization"  # compiles the codec, once
+	$(BIN)/python -c "import bs_node.blocks, testbed.policies.selection, testbed.wire.quantization"  # compiles their loops, once
 	touch $@
 
 ifeq ($(PYTHON310),)
@@ -56,6 +56,6 @@ test-310: $(READY310)
 
 $(READY310): pyproject.toml constraints.txt
 	$(PYTHON310) -m venv .venv310
-	.venv310/bin/python -m pip install --quiet --constraint constraints.txt --editable . hypothesis pytest pytest-timeout
+	.venv310/bin/python -m pip install --quiet --constraint constraints.txt --editable . hypothesis msgpack pytest pytest-timeout
 	touch $@
 endif

@@ -14,12 +14,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from testbed.wire.quantization import SCHEMES, Buffers, Scheme, accumulate, pack, quantise, unpack
+from testbed.wire.kept import KeptRows
+from testbed.wire.quantization import SCHEMES, Scheme, accumulate, dequantise, quantise
 
 WIDTH = 4096
 ROWS = (1, 16, 128, 1024)
-STEPS = ("quantise", "pack", "unpack", "accumulate")
-GOALS_RATIO = {"quantise": 4.0, "unpack": 1.5}
+STEPS = ("quantise", "gather", "dequantise", "accumulate")
+GOALS_RATIO = {"quantise": 4.0, "dequantise": 1.5}
 Step = Callable[[], object]
 
 
@@ -39,13 +40,14 @@ def codec_steps(rows: int, scheme: Scheme) -> dict[str, Step]:
     rng = np.random.default_rng(rows)
     hidden_RD = rng.standard_normal((rows, WIDTH)).astype(np.float32)
     out_RD, weight_R, row_index_R = np.zeros_like(hidden_RD), np.full(rows, 0.5, np.float32), rng.permutation(rows)
-    payload = np.zeros(scheme.payload_bytes(rows, WIDTH), np.uint8)
-    buffers, quantised = Buffers(), quantise(hidden_RD, scheme)
+    room, rows_RB = KeptRows(np.uint8), quantise(hidden_RD, scheme)
+    payload_RB = np.empty_like(rows_RB)
+    payload = rows_RB.tobytes()
     return {
         "memcpy": lambda: np.copyto(out_RD, hidden_RD),
-        "quantise": lambda: quantise(hidden_RD, scheme, buffers),
-        "pack": lambda: pack(quantised, row_index_R, payload),
-        "unpack": lambda: unpack(payload.data, rows, WIDTH, scheme, out_RD),
+        "quantise": lambda: quantise(hidden_RD, scheme, room),
+        "gather": lambda: np.take(rows_RB, row_index_R, 0, payload_RB, "clip"),
+        "dequantise": lambda: dequantise(payload, rows, WIDTH, scheme, out_RD),
         "accumulate": lambda: accumulate(hidden_RD, weight_R, row_index_R, out_RD),
     }
 

@@ -1,11 +1,12 @@
 """What one expert round costs beside what it cannot do without: eight nodes on loopback, int8 rows of 4096 values.
 
-Three ways are measured in turns in one run, with encryption off and on:
+Three ways are measured in turns of 30 rounds in one run, with encryption off and on:
 
-    wire    the same bytes there and back on the same sockets, no arithmetic at all
+    wire    the same messages there and back on the same sockets, no arithmetic at all
     codec   the same with quantise, gather, dequantise and combine at both ends on kept buffers, and nothing else
     round   ours: select, group, quantise, send, check, dequantise, (echo), quantise, reply, check, combine, record
 
+All three send parts of at most 64 KiB of values, as the wire format demands: 128 rows are eight messages each way.
 The experts echo their rows, so that no FFN hides the cost. Ratios count: the machine's speed cancels.
 The last line is one JSON document.
 
@@ -29,15 +30,17 @@ from typing import Any
 
 import numpy as np
 
+from testbed.wire.kept import KeptRows
 from testbed.wire.keys import enrolled_nodes, make_run_keys, read_pair, read_public
-from testbed.wire.quantization import SCHEMES, Buffers, accumulate, pack, quantise, unpack
+from testbed.wire.quantization import SCHEMES, accumulate, dequantise, quantise
 from testbed.wire.sockets import AllowList, NodeSocket, StationSocket
 
 DEVICES, EXPERTS, TOP_K, WIDTH = 8, 8, 2, 4096
 NAMES = [f"node-{i}" for i in range(DEVICES)]
 INT8 = SCHEMES["int8"]
 HEADER = bytes(80)
-WARM_UP_ROUNDS = 30
+PART_ROWS = 65536 // WIDTH  # of int8: no part has more than 64 KiB of values
+ROUNDS_PER_TURN = 30  # as the layers of a model follow one another
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -58,17 +61,19 @@ def wire_node(port: int, name: str, keys: Path | None) -> None:
 
 
 def codec_node(port: int, name: str, keys: Path | None) -> None:
-    """Dequantise, quantise, send back, until a single frame comes."""
-    sockets, buffers = node_socket(port, name, keys), Buffers()
-    rows_RD, payload = np.empty((0, WIDTH), np.float32), bytearray()
+    """Dequantise a block, quantise it, send it back, until a single frame comes."""
+    sockets, received, quantised = node_socket(port, name, keys), KeptRows(np.float32), KeptRows(np.uint8)
     sockets.socket.send(name.encode())
+    arrived = 0
     while len(frames := sockets.socket.recv_multipart(copy=False)) > 1:
-        rows = len(frames[1].buffer) // INT8.row_bytes(WIDTH)
-        if len(rows_RD) != rows:
-            rows_RD, payload = np.empty((rows, WIDTH), np.float32), bytearray(INT8.payload_bytes(rows, WIDTH))
-        unpack(frames[1].buffer, rows, WIDTH, INT8, rows_RD)
-        pack(quantise(rows_RD, INT8, buffers), np.arange(rows), memoryview(payload))
-        sockets.socket.send_multipart([HEADER, payload])
+        rows = int.from_bytes(frames[0].buffer[:4], "little")
+        rows_RD, part = received.take(rows, WIDTH), len(frames[1].buffer) // INT8.row_bytes(WIDTH)
+        dequantise(frames[1].buffer, part, WIDTH, INT8, rows_RD[arrived : arrived + part])
+        arrived += part
+        if arrived == rows:
+            arrived, rows_RB = 0, quantise(rows_RD, INT8, quantised)
+            for first in range(0, rows, PART_ROWS):
+                sockets.socket.send_multipart([HEADER, rows_RB[first : first + PART_ROWS]])
     sockets.close()
 
 
@@ -77,12 +82,12 @@ class EchoExperts:
 
     backend = "echo"
 
-    def check(self, layer: int, segments: Sequence[Sequence[int]], rows: int, width: int) -> None:
+    def check(self, layer: int, segments: Sequence[tuple[int, int]], rows: int, width: int) -> None:
         if sum(n for _, n in segments) != rows or width != WIDTH:
             raise ValueError(f"layer {layer}: {rows} rows of {width} were not asked for")
 
-    def compute(self, layer: int, segments: Sequence[Sequence[int]], x_RD: Any, out_RD: Any) -> None:
-        out_RD[:] = x_RD
+    def compute(self, layer: int, segments: Sequence[tuple[int, int]], x_RD: Any) -> Any:
+        return x_RD
 
     def warm_up(self) -> None:
         """Nothing to warm."""
@@ -156,34 +161,47 @@ def wire_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
     ids = routing_ids(sockets)
 
     def one(rows: int) -> None:
-        payload = bytes(INT8.payload_bytes(rows, WIDTH))
+        parts = [bytes(INT8.payload_bytes(len(part), WIDTH)) for part in part_slices(rows)]
         for routing_id in ids:
-            sockets.socket.send_multipart([routing_id, HEADER, payload], copy=False)
-        for _ in ids:
+            for payload in parts:
+                sockets.socket.send_multipart([routing_id, HEADER, payload], copy=False)
+        for _ in range(len(ids) * len(parts)):
             sockets.socket.recv_multipart(copy=False)
 
     return one
 
 
+def part_slices(rows: int) -> list[range]:
+    """The rows of each part, as the wire format cuts them."""
+    return [range(rows)[first : first + PART_ROWS] for first in range(0, rows, PART_ROWS)]
+
+
 def codec_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
     sockets = open_station(stack, keys, codec_node)
-    ids, buffers = routing_ids(sockets), Buffers()
+    ids, quantised = routing_ids(sockets), KeptRows(np.uint8)
     prepared: dict[int, CodecBuffers] = {}
 
     def one(rows: int) -> None:
         if rows not in prepared:
             prepared[rows] = CodecBuffers(rows)
         kept = prepared[rows]
-        quantised = quantise(kept.hidden_TD, INT8, buffers)
+        header = rows.to_bytes(4, "little") + HEADER[4:]
+        rows_TB = quantise(kept.hidden_TD, INT8, quantised)
         for token_R, routing_id in zip(kept.token_of_N, ids, strict=True):
-            pack(quantised, token_R, memoryview(kept.payload))
-            sockets.socket.send_multipart([routing_id, HEADER, kept.payload])
+            for part in part_slices(rows):
+                payload_RB = kept.payload_RB[: len(part)]
+                np.take(rows_TB, token_R[part.start : part.stop], 0, payload_RB, "clip")
+                sockets.socket.send_multipart([routing_id, header, payload_RB])
         kept.out_TD[:] = 0
-        for _ in ids:
+        arrived = dict.fromkeys(ids, 0)
+        for _ in range(len(ids) * len(part_slices(rows))):
             frames = sockets.socket.recv_multipart(copy=False)
-            device = ids.index(frames[0].bytes)
-            unpack(frames[2].buffer, rows, WIDTH, INT8, kept.reply_RD)
-            accumulate(kept.reply_RD, kept.weight_of_N[device], kept.token_of_N[device], kept.out_TD)
+            routing_id, count = frames[0].bytes, len(frames[2].buffer) // INT8.row_bytes(WIDTH)
+            place = slice(arrived[routing_id], arrived[routing_id] + count)
+            arrived[routing_id] = place.stop
+            device, reply_RD = ids.index(routing_id), kept.reply_RD[:count]
+            dequantise(frames[2].buffer, count, WIDTH, INT8, reply_RD)
+            accumulate(reply_RD, kept.weight_of_N[device][place], kept.token_of_N[device][place], kept.out_TD)
 
     return one
 
@@ -196,8 +214,8 @@ class CodecBuffers:
         places = [np.nonzero(expert_TK == expert) for expert in range(EXPERTS)]
         self.token_of_N = [np.ascontiguousarray(token) for token, _ in places]
         self.weight_of_N = [np.ascontiguousarray(weight_TK[place]) for place in places]
-        self.payload = bytearray(INT8.payload_bytes(rows, WIDTH))
-        self.reply_RD = np.empty((rows, WIDTH), np.float32)
+        self.payload_RB = np.empty((PART_ROWS, INT8.row_bytes(WIDTH)), np.uint8)
+        self.reply_RD = np.empty((PART_ROWS, WIDTH), np.float32)
         self.out_TD = np.empty_like(self.hidden_TD)
 
 
@@ -245,14 +263,18 @@ def measure(keys: Path | None, rows_list: Sequence[int], rounds: int) -> dict[in
         medians: dict[int, dict[str, float]] = {}
         for rows in rows_list:
             taken: dict[str, list[float]] = {way: [] for way in ways}
-            for turn in range(WARM_UP_ROUNDS + rounds):
+            for turn in range(-(-rounds // ROUNDS_PER_TURN) + 1):
                 for way, one in ways.items():
-                    started = time.perf_counter()
-                    one(rows)
-                    if turn >= WARM_UP_ROUNDS:
-                        taken[way].append(time.perf_counter() - started)
+                    seconds = [timed(one, rows) for _ in range(ROUNDS_PER_TURN)]
+                    taken[way] += seconds if turn else []  # the first turn warms up
             medians[rows] = {way: statistics.median(seconds) for way, seconds in taken.items()}
         return medians
+
+
+def timed(one: Callable[[int], None], rows: int) -> float:
+    started = time.perf_counter()
+    one(rows)
+    return time.perf_counter() - started
 
 
 def main() -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
+from time import monotonic_ns
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
+from testbed.native import native, read, write
 from testbed.policies.base import DROPPED, FloatArray, IntArray
 from testbed.runlog.schema import Status
 from testbed.wire.quantization import accumulate
 
 Float32 = NDArray[np.float32]
+GROUPED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class Block:
     device: int
     token_R: NDArray[np.int64]
     choice_R: NDArray[np.int64]
-    segments: list[list[int]]  # [[expert, rows], ...]
+    segments: list[tuple[int, int]]  # [(expert, rows), ...]
 
     @property
     def rows(self) -> int:
@@ -45,60 +50,127 @@ class Outcome:
     parts_down: int = 0
     parts_up: int = 0
     send_ns: int = 0
-    sent_ns: int | None = None  # base station's clock: first part handed to the socket
-    received_ns: int | None = None  # base station's clock: last part of the reply read
+    bs_sent_ns: int | None = None  # base station's clock: first part handed to the socket
+    bs_received_ns: int | None = None  # base station's clock: last part of the reply read
     node_received_ns: int | None = None  # the node's clock
     node_sent_ns: int | None = None
     node_queue_ns: int | None = None
     node_dequantise_ns: int | None = None
-    node_compute_ns: int | None = None
+    node_compute_ns: int | None = None  # the padding included
     node_padding_ns: int | None = None
     node_quantise_ns: int | None = None
 
     @property
     def rtt_ns(self) -> int | None:
-        if self.sent_ns is None or self.received_ns is None:
+        if self.bs_sent_ns is None or self.bs_received_ns is None:
             return None
-        return self.received_ns - self.sent_ns
+        return self.bs_received_ns - self.bs_sent_ns
 
 
-def group(expert_TK: IntArray, device_TK: IntArray, experts: int) -> list[Block]:
-    """One block per device that has any kept pair, rows in ascending (expert, token)."""
-    token_P, choice_P = np.nonzero(device_TK != DROPPED)
-    if len(token_P) == 0:
-        return []
-    expert_P = expert_TK[token_P, choice_P]
-    place_P = device_TK[token_P, choice_P] * np.int64(experts) + expert_P  # one number per (device, expert)
-    order_P = np.argsort(place_P, kind="stable")
-    token_P, choice_P, place_P = token_P[order_P], choice_P[order_P], place_P[order_P]
-    starts = [0, *(np.flatnonzero(place_P[1:] != place_P[:-1]) + 1).tolist(), len(place_P)]
-    segments_of: dict[int, list[list[int]]] = {}
-    for first, last in pairwise(starts):
-        device, expert = divmod(int(place_P[first]), experts)
-        segments_of.setdefault(device, []).append([expert, last - first])
-    blocks: list[Block] = []
-    first = 0
-    for device, segments in segments_of.items():
-        last = first + sum(rows for _, rows in segments)
-        blocks.append(Block(device, token_P[first:last], choice_P[first:last], segments))
-        first = last
+def group(expert_TK: IntArray, device_TK: IntArray, devices: int, experts: int) -> list[Block]:
+    """One block per device that has any kept pair, rows in ascending (expert, token).
+
+    Raises ValueError for a kept pair whose device or expert does not exist.
+    """
+    token_P, choice_P = np.empty(device_TK.size, np.int64), np.empty(device_TK.size, np.int64)
+    first_NE = np.zeros((devices, experts + 1), np.int64)
+    wanted_TK, place_TK = np.ascontiguousarray(expert_TK, np.int64), np.ascontiguousarray(device_TK, np.int64)
+    if _sort_pairs(wanted_TK, place_TK, first_NE, token_P, choice_P) != GROUPED:
+        raise ValueError(f"a kept pair has no device below {devices} or no expert below {experts}")
+    blocks = []
+    for device, first_E in enumerate(first_NE.tolist()):
+        first, last = first_E[0], first_E[experts]
+        if last > first:
+            segments = [(expert, after - at) for expert, (at, after) in enumerate(pairwise(first_E)) if after > at]
+            blocks.append(Block(device, token_P[first:last], choice_P[first:last], segments))
     return blocks
 
 
-def combine(outcomes: Sequence[Outcome], weight_TK: FloatArray, out_TD: Float32) -> None:
-    """out_TD += the weighted sum of the experts' outputs (Eq. 1), ascending (expert, token) whatever came first."""
-    pieces: list[tuple[int, Outcome, slice]] = []
-    for outcome in outcomes:
+@native(read(types.int64, 2), read(types.int64, 2), write(types.int64, 2), write(types.int64, 1), write(types.int64, 1))
+def _sort_pairs(
+    expert_TK: NDArray[np.int64],
+    device_TK: NDArray[np.int64],
+    first_NE: NDArray[np.int64],
+    token_P: NDArray[np.int64],
+    choice_P: NDArray[np.int64],
+) -> int:
+    """Counting sort of the kept pairs. Pair P of (device, expert) lies in first_NE[device, expert : expert + 2]."""
+    devices, experts = first_NE.shape[0], first_NE.shape[1] - 1
+    next_NE = np.zeros((devices, experts), np.int64)
+    for token in range(device_TK.shape[0]):
+        for choice in range(device_TK.shape[1]):
+            device, expert = device_TK[token, choice], expert_TK[token, choice]
+            if device != DROPPED:
+                if not (0 <= device < devices and 0 <= expert < experts):
+                    return 1
+                next_NE[device, expert] += 1
+    first = 0
+    for device in range(devices):
+        for expert in range(experts):
+            first_NE[device, expert] = first
+            first += next_NE[device, expert]
+            next_NE[device, expert] = first_NE[device, expert]
+        first_NE[device, experts] = first
+    for token in range(device_TK.shape[0]):
+        for choice in range(device_TK.shape[1]):
+            device, expert = device_TK[token, choice], expert_TK[token, choice]
+            if device != DROPPED:
+                place = next_NE[device, expert]
+                token_P[place], choice_P[place] = token, choice
+                next_NE[device, expert] += 1
+    return GROUPED
+
+
+class Combiner:
+    """out_TD = the weighted sum of the experts' outputs (Eq. 1), added up while replies still come.
+
+    The order is always ascending (expert, token), whatever comes first: an output waits for those before it, so that
+    the sum has the same bits in every run.
+    """
+
+    def __init__(self, blocks: Sequence[Block], weight_TK: FloatArray, out_TD: Float32) -> None:
+        self._blocks, self._weight_TK, self.out_TD = blocks, weight_TK, out_TD
+        self._output_of: dict[int, Float32] = {}  # device -> its rows
+        self._ahead: list[tuple[int, Block, slice]] | None = None  # still to add, the next one last
+        self.spent_ns = 0
+
+    def take(self, outcome: Outcome) -> None:
+        """An answered block: add what has become its turn."""
+        started_ns = monotonic_ns()
+        if outcome.output_RD is not None:
+            self._output_of[outcome.block.device] = outcome.output_RD
+            if self._ahead is None:
+                self._ahead = pieces(self._blocks)[::-1]
+            while self._ahead and (output_RD := self._output_of.get(self._ahead[-1][1].device)) is not None:
+                _, block, rows = self._ahead.pop()
+                self._add(block, rows, output_RD)
+        self.spent_ns += monotonic_ns() - started_ns
+
+    def _add(self, block: Block, rows: slice, output_RD: Float32) -> None:
+        token_R = block.token_R[rows]
+        weight_R = self._weight_TK[token_R, block.choice_R[rows]].astype(np.float32, copy=False)
+        accumulate(output_RD[rows], weight_R, token_R, self.out_TD)
+
+
+def pieces(blocks: Sequence[Block]) -> list[tuple[int, Block, slice]]:
+    """(expert, block, its rows in the block), ascending by expert."""
+    found: list[tuple[int, Block, slice]] = []
+    for block in blocks:
         first = 0
-        for expert, rows in outcome.block.segments:
-            pieces.append((expert, outcome, slice(first, first + rows)))
+        for expert, rows in block.segments:
+            found.append((expert, block, slice(first, first + rows)))
             first += rows
-    for _, outcome, rows_ in sorted(pieces, key=lambda piece: piece[0]):
-        if outcome.output_RD is None:
-            continue
-        token_R, choice_R = outcome.block.token_R[rows_], outcome.block.choice_R[rows_]
-        weight_R = weight_TK[token_R, choice_R].astype(np.float32, copy=False)
-        accumulate(outcome.output_RD[rows_], weight_R, token_R, out_TD)
+    found.sort(key=itemgetter(0))
+    return found
+
+
+def combine(outcomes: Sequence[Outcome], weight_TK: FloatArray, out_TD: Float32) -> Float32:
+    """The same sum over what there is, once it is known what there is: weight_TK are then the survivors'."""
+    answered = [outcome for outcome in outcomes if outcome.output_RD is not None]
+    combiner = Combiner([outcome.block for outcome in answered], weight_TK, out_TD)
+    for outcome in answered:
+        combiner.take(outcome)
+    return out_TD
 
 
 def arrived(outcomes: Sequence[Outcome], device_TK: IntArray) -> NDArray[np.bool_]:

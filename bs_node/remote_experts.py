@@ -1,6 +1,6 @@
 """The way of a token through one MoE block, registered with transformers' experts interface.
 
-    gate -> select -> group -> quantise, send -> ... nodes ... -> receive -> combine -> record
+    gate -> select -> group -> quantise, send -> ... nodes ... -> receive, combine -> record
 
 T tokens, D hidden size, K experts chosen by the gate per token. The model itself is never patched.
 """
@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from bs_node.blocks import arrived, combine, group
+from bs_node.blocks import Combiner, arrived, combine
+from bs_node.dispatcher import Watcher
 from bs_node.gate import Gate
 from bs_node.model import experts_of
-from bs_node.session import RoundTimes, Session
+from bs_node.rows import RoundTimes
+from bs_node.session import Session
 from testbed.checkpoint.manifest import Manifest
 from testbed.policies.base import Routing
 from testbed.policies.selection import surviving_weights
@@ -48,19 +50,21 @@ def remote_experts(
     selection = session.select(routing, state)
     times.selected()
 
-    blocks = group(routing.expert_TK, selection.device_TK, layer.holds_NE.shape[1])
+    blocks = session.group(routing, selection)
     times.grouped()
 
     hidden = hidden_TD.detach().to("cpu", torch.float32).contiguous().numpy()
-    outcomes, exchange_times = session.dispatcher.exchange(session.rounds, layer.index, hidden, blocks)
+    combiner = Combiner(blocks, selection.weight_TK, np.zeros_like(hidden))
+    watcher = Watcher(sent=session.settle, answered=combiner.take)
+    outcomes, exchange_times = session.dispatcher.exchange(session.rounds, layer.index, hidden, blocks, watcher)
     times.exchanged(exchange_times)
 
     arrived_TK = arrived(outcomes, selection.device_TK)
-    nothing_lost = all(outcome.output_RD is not None for outcome in outcomes)
-    final_TK = selection.weight_TK if nothing_lost else surviving_weights(routing, arrived_TK)
-    out_TD = np.zeros_like(hidden)
-    combine(outcomes, final_TK, out_TD)
-    times.combined()
+    final_TK, out_TD = selection.weight_TK, combiner.out_TD
+    if any(outcome.output_RD is None for outcome in outcomes):
+        final_TK = surviving_weights(routing, arrived_TK)
+        out_TD = combine(outcomes, final_TK, np.zeros_like(hidden))
+    times.combined(combiner.spent_ns)
 
     session.finish(routing, state, selection, outcomes, arrived_TK, final_TK, times)
     return torch.from_numpy(out_TD).to(hidden_TD.device, hidden_TD.dtype)

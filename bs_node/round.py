@@ -4,46 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
 from bs_node.blocks import Block, Outcome
 from testbed.errors import MessageError
 from testbed.runlog.schema import Status
-from testbed.wire.messages import Credit, PartHeaders, Rejected, ReplyPart, RequestPart
-from testbed.wire.parts import Assembler, KeptRows, part_count, part_rows
-from testbed.wire.quantization import Quantised, pack
+from testbed.wire.kept import KeptRows
+from testbed.wire.messages import Credit, Rejected, ReplyPart, RequestPart, encode
+from testbed.wire.parts import Assembler, part_rows
 
 
 class Transfer:
-    """The way of one block to its device and back."""
+    """The way of one block to its device and back: numbered parts of whole rows, taken from rows_TB."""
 
     def __init__(
-        self, block: Block, quantised: Quantised, request: RequestPart, room: KeptRows, window_bytes: int
+        self,
+        block: Block,
+        rows_TB: NDArray[np.uint8],
+        request: RequestPart,
+        window_bytes: int,
+        rooms: tuple[KeptRows[np.uint8], KeptRows[np.float32]],
     ) -> None:
+        """`request` is the header of the first part; `rooms` are where payloads are gathered and the reply is kept."""
         self.outcome = Outcome(block, Status.LOST)
-        self._quantised, self._request, self._room, self._window_bytes = quantised, request, room, window_bytes
+        self._request, self._rows_TB, self._window_bytes = request, rows_TB, window_bytes
+        self._payload_room, self._reply_room = rooms
         self._next_part = self._sent_bytes = self._credited_bytes = 0
-        self._headers = PartHeaders(request)
         self._reply: Assembler | None = None
 
     @property
     def all_sent(self) -> bool:
         return self._next_part == self._request.parts
 
-    def next_part(self) -> tuple[bytes, bytearray] | None:
+    def next_part(self) -> tuple[bytes, NDArray[np.uint8]] | None:
         """Header and payload of the next part that fits the window; None where there is none.
 
-        With nothing on its way any part fits, so that one above the window cannot stop the block.
+        The payload is valid until its room is used again. With nothing on its way any part fits, so that one
+        above the window cannot stop the block.
         """
-        request = self._request
-        if self._next_part == request.parts:
+        request, number = self._request, self._next_part
+        if number == request.parts:
             return None
-        rows = part_rows(request.rows, request.parts, self._next_part)
-        payload_bytes = self._quantised.scheme.payload_bytes(rows.stop - rows.start, request.width)
+        rows, row_bytes = part_rows(request.rows, request.parts, number), self._rows_TB.shape[1]
+        count = rows.stop - rows.start
         on_its_way_bytes = self._sent_bytes - self._credited_bytes
-        if on_its_way_bytes and on_its_way_bytes + payload_bytes > self._window_bytes:
+        if on_its_way_bytes and on_its_way_bytes + count * row_bytes > self._window_bytes:
             return None
-        payload = bytearray(payload_bytes)
-        pack(self._quantised, self.outcome.block.token_R[rows], memoryview(payload))
-        return self._headers.of(self._next_part), payload
+        payload_RB = self._payload_room.take(count, row_bytes)
+        np.take(self._rows_TB, self.outcome.block.token_R[rows], 0, payload_RB, "clip")  # "raise" would copy twice
+        return encode(replace(request, part=number) if number else request), payload_RB
 
     def part_sent(self, header_bytes: int, payload_bytes: int) -> None:
         self._next_part += 1
@@ -71,7 +82,7 @@ class Transfer:
         if (part.rows, part.width, part.scheme) != (request.rows, request.width, request.reply_scheme):
             raise MessageError(f"reply of {part.rows} x {part.width} {part.scheme} is not what was asked for")
         if self._reply is None:
-            self._reply = Assembler(part, self._room)
+            self._reply = Assembler(part, self._reply_room)
         complete = self._reply.add(part, payload)
         self.outcome.bytes_up += len(payload)
         self.outcome.parts_up += 1
@@ -81,10 +92,10 @@ class Transfer:
         outcome = self.outcome
         outcome.status = Status.ANSWERED
         outcome.output_RD = self._reply.block_RD if self._reply is not None else None
-        outcome.received_ns = now_ns
+        outcome.bs_received_ns = now_ns
         outcome.node_received_ns, outcome.node_sent_ns = part.received_ns, part.sent_ns
         outcome.node_queue_ns, outcome.node_dequantise_ns = part.queue_ns, part.dequantise_ns
-        outcome.node_compute_ns, outcome.node_padding_ns = part.compute_ns, part.padding_ns
+        outcome.node_compute_ns, outcome.node_padding_ns = part.compute_ns + part.padding_ns, part.padding_ns
         outcome.node_quantise_ns = part.quantise_ns
 
 
@@ -95,22 +106,26 @@ class Round:
         self.run, self.number = run, number
         self.transfers = {transfer.outcome.block.device: transfer for transfer in transfers}
         self.waiting = set(self.transfers)
+        self.all_sent = False
 
     def take(self, device: int, message: Credit | ReplyPart | Rejected, payload: memoryview, now_ns: int) -> bool:
         """A message of this round from a device. False where it belongs to another round (late, or never asked).
 
         Raises MessageError for one that breaks the rules: the device's pairs are then invalid.
         """
-        if device not in self.waiting or not self.transfers[device].asked_for(message):
+        if device not in self.waiting:
             return False
         transfer = self.transfers[device]
-        if isinstance(message, Credit):
+        if not transfer.asked_for(message):
+            return False
+        if isinstance(message, ReplyPart):
+            if transfer.reply_part(message, payload):
+                transfer.complete(message, now_ns)
+                self.waiting.discard(device)
+        elif isinstance(message, Credit):
             transfer.credited(message)
-        elif isinstance(message, Rejected):
+        else:
             self.give_up(device, Status.REJECTED)
-        elif transfer.reply_part(message, payload):
-            transfer.complete(message, now_ns)
-            self.waiting.discard(device)
         return True
 
     def give_up(self, device: int, status: Status) -> None:
@@ -121,24 +136,3 @@ class Round:
 
     def outcomes(self) -> list[Outcome]:
         return [transfer.outcome for transfer in self.transfers.values()]
-
-
-def make_transfer(
-    block: Block,
-    quantised: Quantised,
-    room: KeptRows,
-    *,
-    run: int,
-    number: int,
-    layer: int,
-    reply_scheme: str,
-    part_bytes: int,
-    window_bytes: int,
-) -> Transfer:
-    """A block on its way: numbered parts of whole rows."""
-    width = quantised.values_TD.shape[1]
-    parts = part_count(block.rows, quantised.scheme.bytes_per_value * width, part_bytes)
-    request = RequestPart(
-        run, number, 0, layer, 0, parts, block.rows, width, quantised.scheme.name, reply_scheme, block.segments,
-    )  # fmt: skip
-    return Transfer(block, quantised, request, room, window_bytes)

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from bs_node.registry import Node, Registry
 from testbed.errors import MessageError, NodeError
 from testbed.wire.messages import (
-    Announce,
+    Credit,
     Goodbye,
     Heartbeat,
     Hello,
     HelloAgain,
     Refuse,
     Rejected,
+    ReplyPart,
     Welcome,
     decode_from_node,
     encode,
 )
-from testbed.wire.sockets import StationSocket, receive_frames, send_frames
+from testbed.wire.sockets import StationSocket, send_frames
 
 BROKEN_MESSAGES_ALLOWED = 8
 EMPTY = memoryview(b"")
@@ -37,7 +40,7 @@ class Mail(NamedTuple):
     """A message about a round, from a node we know."""
 
     node: Node
-    message: Any
+    message: ReplyPart | Credit | Rejected
     payload: memoryview
     header_bytes: int
 
@@ -66,19 +69,17 @@ class Station:
         self._over = False  # after goodbye nobody is lost by leaving
         self.refusals: dict[str, str] = {}  # device -> why it was refused
 
-    def receive(self, timeout_ms: float) -> list[Mail]:
-        """Wait for mail up to the timeout, deal with all but rounds' mail, and return that."""
-        self._sockets.wait(timeout_ms)
+    def receive(self, timeout_ms: float) -> Mail | None:
+        """The next mail of a round, all else that comes before it dealt with; None if nothing comes in the timeout."""
+        while (frames := self._sockets.receive(timeout_ms)) is not None:
+            mail = self._open(frames)
+            if mail is not None:
+                return mail
+            timeout_ms = 0
         self._watch_connections()
-        mail = []
-        while (frames := receive_frames(self._sockets.socket)) is not None:
-            item = self._open(frames)
-            if item is not None:
-                mail.append(item)
-        if not mail:  # while there is mail, nobody needs to be suspected
-            for node in self.registry.newly_silent(time.monotonic_ns()):
-                self._lose(node, "silent")
-        return mail
+        for node in self.registry.newly_silent(time.monotonic_ns()):  # while messages come, nobody is suspected
+            self._lose(node, "silent")
+        return None
 
     def _open(self, frames: list[zmq.Frame]) -> Mail | None:
         routing_id = frames[0].bytes
@@ -91,18 +92,19 @@ class Station:
         now = time.monotonic_ns()
         if isinstance(message, Hello):
             self._greet(message, frames[0], now)
-        elif node is None:
+            return None
+        if node is None:
             self._post(routing_id, encode(HelloAgain()))
+            return None
+        self._heard(node, now)
+        if isinstance(message, (ReplyPart, Credit, Rejected)):
+            if isinstance(message, Rejected):
+                self._on_event("request_rejected", device=node.name, reason=message.reason)
+            return Mail(node, message, frames[2].buffer if len(frames) > 2 else EMPTY, len(frames[1]))
+        if isinstance(message, Heartbeat):
+            node.figures = message.figures
         else:
-            self._heard(node, now)
-            if isinstance(message, Heartbeat):
-                node.figures = message.figures
-            elif isinstance(message, Announce):
-                node.busy_until_ns = now + message.estimate_ns
-            else:
-                if isinstance(message, Rejected):
-                    self._on_event("request_rejected", device=node.name, reason=message.reason)
-                return Mail(node, message, frames[2].buffer if len(frames) > 2 else EMPTY, len(frames[1]))
+            node.busy_until_ns = now + message.estimate_ns
         return None
 
     def _heard(self, node: Node, now: int) -> None:
@@ -150,13 +152,13 @@ class Station:
         if not self._over:
             self._on_event("node_lost", device=node.name, how=how)
 
-    def send(self, node: Node, header: bytes, payload: bytearray) -> bool:
+    def send(self, node: Node, header: bytes, payload_RB: NDArray[np.uint8]) -> bool:
         """Hand a part to the socket: False when its queue is full. A node that is not there is in `gone`."""
         if node.routing_id is None:
             self.gone.add(node.index)
             return False
         try:
-            send_frames(self._sockets.socket, node.routing_id, header, payload)
+            send_frames(self._sockets.socket, node.routing_id, header, payload_RB)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

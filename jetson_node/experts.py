@@ -19,9 +19,10 @@ from safetensors import SafetensorError, deserialize
 from testbed.checkpoint.ffn import FfnSpec, tensor_name
 from testbed.checkpoint.manifest import Manifest, shard_name, verify_file
 from testbed.errors import CheckpointError, MessageError
+from testbed.wire.kept import KeptRows
 
 Float32 = NDArray[np.float32]
-Segments = Sequence[Sequence[int]]  # [expert, rows]
+Segments = Sequence[tuple[int, int]]  # (expert, rows)
 Backend = Literal["auto", "torch", "numpy"]
 
 
@@ -35,8 +36,8 @@ class Experts(Protocol):
     def check(self, layer: int, segments: Segments, rows: int, width: int) -> None:
         """Raises MessageError unless every expert is here, comes once, and rows and width are right."""
 
-    def compute(self, layer: int, segments: Segments, x_RD: Float32, out_RD: Float32) -> None:
-        """out_RD = the experts' outputs, row by row, complete on return. Raises MessageError as `check` does."""
+    def compute(self, layer: int, segments: Segments, x_RD: Float32) -> Float32:
+        """The experts' outputs out_RD, row by row, of what `check` accepts. Valid until the next call."""
 
     def warm_up(self) -> None:
         """Computes a row with every expert, so that the first real one pays for nothing but itself."""
@@ -82,9 +83,10 @@ class HeldExperts(ABC):
 
     def __init__(self, manifest: Manifest, device: str) -> None:
         self._specs = {(layer, expert): manifest.layers[layer].spec for layer, expert in manifest.held_by(device)}
+        self._outputs = KeptRows(np.float32)
 
     @abstractmethod
-    def compute(self, layer: int, segments: Segments, x_RD: Float32, out_RD: Float32) -> None: ...
+    def compute(self, layer: int, segments: Segments, x_RD: Float32) -> Float32: ...
 
     def check(self, layer: int, segments: Segments, rows: int, width: int) -> None:
         experts = [expert for expert, _ in segments]
@@ -100,8 +102,7 @@ class HeldExperts(ABC):
 
     def warm_up(self) -> None:
         for (layer, expert), spec in self._specs.items():
-            row = np.zeros((1, spec.width), np.float32)
-            self.compute(layer, [(expert, 1)], row, np.empty_like(row))
+            self.compute(layer, [(expert, 1)], np.zeros((1, spec.width), np.float32))
 
 
 class NumpyExperts(HeldExperts):
@@ -117,13 +118,13 @@ class NumpyExperts(HeldExperts):
             key: {part: tensors[tensor_name(*key, part)] for part in spec.shapes()} for key, spec in self._specs.items()
         }
 
-    def compute(self, layer: int, segments: Segments, x_RD: Float32, out_RD: Float32) -> None:
-        self.check(layer, segments, *x_RD.shape)
-        start = 0
+    def compute(self, layer: int, segments: Segments, x_RD: Float32) -> Float32:
+        out_RD, start = self._outputs.take(*x_RD.shape), 0
         for expert, rows in segments:
             block = slice(start, start + rows)
             out_RD[block] = ffn_numpy(x_RD[block], self._weights[layer, expert], self._specs[layer, expert])
             start += rows
+        return out_RD
 
 
 def read_float32(path: Path) -> dict[str, Float32]:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
+import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from testbed.errors import MessageError, NodeError, RefusedError
-from testbed.wire.messages import Goodbye, Hello, HelloAgain, Refuse, Welcome, decode_from_base_station, encode
-from testbed.wire.sockets import FAILED_HANDSHAKES, NodeSocket, receive_frames, send_frames
+from testbed.wire.messages import (
+    Goodbye,
+    Hello,
+    HelloAgain,
+    Message,
+    Refuse,
+    RequestPart,
+    Welcome,
+    decode_from_base_station,
+    encode,
+)
+from testbed.wire.sockets import FAILED_HANDSHAKES, NodeSocket, send_frames
 
 HELLO_EVERY_NS = 200_000_000
 RETRY_AFTER_REFUSAL_NS = 1_000_000_000
-POLL_AT_MOST_MS = 100
-MAX_MESSAGES_AT_ONCE = 64
+LOOK_EVERY_MS = 20
 
 
 class Link:
@@ -38,25 +48,38 @@ class Link:
         self.over = False
         self.heartbeat_ns, self.window_bytes = 500_000_000, 2**20
         self._deadline_ns = now_ns() + int(join_timeout_s * 1e9) if join_timeout_s > 0 else None
-        self._next_hello_ns = self._next_heartbeat_ns = now_ns()
+        self._next_hello_ns = self._next_heartbeat_ns = self._next_look_ns = now_ns()
         self._reopen_ns: int | None = None
         self._trouble = "no answer: is it running, and is this its address?"
 
-    def keep(self) -> None:
-        """Look after the connection: events, greeting, joining in time. Raises NodeError when it is too late."""
+    def keep(self) -> bool:
+        """Look after the connection: events, greeting, joining in time. True when a heartbeat is due.
+
+        Raises NodeError when it is too late to join. Between looks it costs next to nothing.
+        """
         now = self._now_ns()
+        if now < self._next_look_ns:
+            return False
+        self._next_look_ns = now + LOOK_EVERY_MS * 1_000_000
         for event in self._socket.events():
             self._on_event(event.event, now)
         if self._reopen_ns is not None and now >= self._reopen_ns:
             self._socket.close(linger_ms=0)
             self._socket, self._reopen_ns = self._make_socket(), None
         if self._welcomed:
-            return
+            return self._heartbeat_due(now)
         if self._deadline_ns is not None and not self._ever_welcomed and now > self._deadline_ns:
             raise NodeError(f"{self._hello.device}: not taken in by the base station in time: {self._trouble}")
         if now >= self._next_hello_ns and self._reopen_ns is None:
             self._next_hello_ns = now + HELLO_EVERY_NS
             self.send(self._hello)
+        return False
+
+    def _heartbeat_due(self, now: int) -> bool:
+        if now < self._next_heartbeat_ns:
+            return False
+        self._next_heartbeat_ns = now + self.heartbeat_ns
+        return True
 
     def _on_event(self, event: int, now: int) -> None:
         if event == zmq.EVENT_DISCONNECTED:
@@ -70,23 +93,22 @@ class Link:
         elif event & FAILED_HANDSHAKES:
             self._trouble = "the handshake failed: wrong bs.pub here, or one side runs with --insecure"
 
-    def receive(self, timeout_ms: int) -> Iterator[tuple[Any, memoryview]]:
-        """Messages that are there within `timeout_ms`, the connection's own ones dealt with."""
-        if not self._socket.socket.poll(timeout_ms):
-            return
-        for _ in range(MAX_MESSAGES_AT_ONCE):
-            frames = receive_frames(self._socket.socket)
-            if frames is None:
-                return
-            try:
-                message = decode_from_base_station(frames[0].bytes)
-            except MessageError as error:
-                self._trouble = f"it sends what we cannot read: {error}"
-                continue
-            if not self._own(message):
-                yield message, frames[-1].buffer
+    def receive(self) -> tuple[RequestPart, memoryview] | None:
+        """The next part of a request, the connection's own messages dealt with; None when `keep` has work again."""
+        frames = self._socket.receive(LOOK_EVERY_MS)
+        if frames is None:
+            return None
+        try:
+            message = decode_from_base_station(frames[0].bytes)
+        except MessageError as error:
+            self._trouble = f"it sends what we cannot read: {error}"
+            return None
+        if isinstance(message, RequestPart):
+            return message, frames[-1].buffer
+        self._on_own(message)
+        return None
 
-    def _own(self, message: Any) -> bool:
+    def _on_own(self, message: Welcome | HelloAgain | Refuse | Goodbye) -> None:
         now = self._now_ns()
         if isinstance(message, Welcome):
             self._welcomed = self._ever_welcomed = True
@@ -96,39 +118,24 @@ class Link:
             self._welcomed, self._next_hello_ns = False, now
         elif isinstance(message, Refuse):
             raise RefusedError(f"{self._hello.device}: refused by the base station: {message.reason}")
-        elif isinstance(message, Goodbye):
-            self.over = True
         else:
-            return False
-        return True
+            self.over = True
 
-    def heartbeat_due(self) -> bool:
-        now = self._now_ns()
-        if not self._welcomed or now < self._next_heartbeat_ns:
-            return False
-        self._next_heartbeat_ns = now + self.heartbeat_ns
-        return True
-
-    def until_due_ms(self) -> int:
-        """How long the loop may wait for messages before it has something of its own to do."""
-        due_ns = self._next_heartbeat_ns if self._welcomed else self._next_hello_ns
-        return min(POLL_AT_MOST_MS, max(0, (due_ns - self._now_ns()) // 1_000_000 + 1))
-
-    def send(self, message: Any) -> bool:
+    def send(self, message: Message) -> bool:
         """Send a small message; False where there is no connection to take it."""
         return self._send(encode(message))
 
-    def send_part(self, header: bytes, payload: bytearray) -> bool:
+    def send_part(self, header: bytes, payload_RB: NDArray[np.uint8]) -> bool:
         """Send a part as soon as there is room for it; False when the connection was lost meanwhile."""
-        while not self._send(header, payload):
+        while not self._send(header, payload_RB):
             for event in self._socket.events():
                 self._on_event(event.event, self._now_ns())
             if not self._welcomed:
                 return False
-            self._socket.socket.poll(POLL_AT_MOST_MS, zmq.POLLOUT)
+            self._socket.socket.poll(LOOK_EVERY_MS, zmq.POLLOUT)
         return True
 
-    def _send(self, *frames: bytes | bytearray) -> bool:
+    def _send(self, *frames: bytes | NDArray[np.uint8]) -> bool:
         try:
             send_frames(self._socket.socket, *frames)
         except zmq.Again:

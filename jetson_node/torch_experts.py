@@ -48,9 +48,9 @@ class TorchExperts(HeldExperts):
         return {part: tensor.to(self._device, self._dtype, copy=True) for part, tensor in parts.items()}
 
     @torch.inference_mode()
-    def compute(self, layer: int, segments: Segments, x_RD: Float32, out_RD: Float32) -> None:
-        self.check(layer, segments, *x_RD.shape)
+    def compute(self, layer: int, segments: Segments, x_RD: Float32) -> Float32:
         x = torch.from_numpy(x_RD).to(self._device, self._dtype)  # no copy on a CPU in float32
+        out_RD = self._outputs.take(*x_RD.shape)
         out = torch.from_numpy(out_RD)
         y = out if self._device.type == "cpu" else torch.empty_like(x)
         start = 0
@@ -60,3 +60,4 @@ class TorchExperts(HeldExperts):
             start += rows
         if y is not out:
             out.copy_(y)  # waits for the device
+        return out_RD

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from jetson_node.experts import Experts
 from jetson_node.link import Link
 from testbed.errors import MessageError
-from testbed.wire.messages import Announce, Credit, Heartbeat, PartHeaders, Rejected, ReplyPart, RequestPart
-from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, KeptRows, part_count, part_rows
-from testbed.wire.quantization import SCHEMES, Buffers, pack, quantise
+from testbed.wire.kept import KeptRows
+from testbed.wire.messages import Announce, Credit, Heartbeat, Rejected, ReplyPart, RequestPart, encode
+from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, part_count, part_rows
+from testbed.wire.quantization import SCHEMES, quantise
 
 CREDITS_PER_WINDOW = 4
 
@@ -56,7 +58,7 @@ class Worker:
         self._figures, self._stop = figures, stop
         self._emulated_s_per_row = emulated_s_per_row
         self._part_bytes, self._max_block_bytes = part_bytes, max_block_bytes
-        self._requests, self._outputs, self._buffers = KeptRows(), KeptRows(), Buffers()
+        self._requests, self._quantised = KeptRows(np.float32), KeptRows(np.uint8)
         self._block: Assembler | None = None
         self._block_key = (-1, -1, -1)
         self._credited_bytes = 0
@@ -65,20 +67,18 @@ class Worker:
 
     def run(self) -> None:
         """Serve until goodbye, until `stop`, or until the base station refuses us (RefusedError)."""
-        while not self._stop():
-            self._link.keep()
-            for message, payload in self._link.receive(self._link.until_due_ms()):
-                if not isinstance(message, RequestPart):
-                    continue
-                try:
-                    self._take(message, payload)
-                except MessageError as error:
-                    self._block = None
-                    self._link.send(Rejected(message.round, message.attempt, str(error)[:500]))
-            if self._link.over:
-                return
-            if self._link.heartbeat_due():
+        while not (self._stop() or self._link.over):
+            if self._link.keep():
                 self._link.send(Heartbeat(time.monotonic_ns(), self._figures()))
+            received = self._link.receive()
+            if received is None:
+                continue
+            part, payload = received
+            try:
+                self._take(part, payload)
+            except MessageError as error:
+                self._block = None
+                self._link.send(Rejected(part.round, part.attempt, str(error)[:500]))
 
     def _take(self, part: RequestPart, payload: memoryview) -> None:
         key = (part.run, part.round, part.attempt)
@@ -107,9 +107,8 @@ class Worker:
 
     def _serve(self, request: RequestPart, block: Assembler, received_ns: int, complete_ns: int) -> None:
         self._announce(request)
-        output_RD = self._outputs.take(request.rows, request.width)
         started_ns = time.monotonic_ns()
-        self._experts.compute(request.layer, request.segments, block.block_RD, output_RD)
+        output_RD = self._experts.compute(request.layer, request.segments, block.block_RD)
         computed_ns = time.monotonic_ns()
         self._learn(request.rows, computed_ns - started_ns)
         padding_ns = self._pad(request.rows, started_ns, computed_ns)
@@ -144,19 +143,15 @@ class Worker:
     ) -> None:
         scheme = SCHEMES[request.reply_scheme]
         quantise_started_ns = time.monotonic_ns()
-        quantised = quantise(output_RD, scheme, self._buffers)
+        rows_RB = quantise(output_RD, scheme, self._quantised)
         sent_ns = time.monotonic_ns()
         parts = part_count(request.rows, scheme.bytes_per_value * request.width, self._part_bytes)
-        headers = PartHeaders(
-            ReplyPart(
-                request.run, request.round, request.attempt, 0, parts, request.rows, request.width, scheme.name,
-                received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns, times.padding_ns,
-                sent_ns - quantise_started_ns,
-            )
+        first = ReplyPart(
+            request.run, request.round, request.attempt, 0, parts, request.rows, request.width, scheme.name,
+            received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns, times.padding_ns,
+            sent_ns - quantise_started_ns,
         )  # fmt: skip
-        for part in range(parts):
-            rows = part_rows(request.rows, parts, part)
-            payload = bytearray(scheme.payload_bytes(rows.stop - rows.start, request.width))
-            pack(quantised, np.arange(rows.start, rows.stop), memoryview(payload))
-            if not self._link.send_part(headers.of(part), payload):
+        for number in range(parts):
+            header = encode(replace(first, part=number) if number else first)
+            if not self._link.send_part(header, rows_RB[part_rows(request.rows, parts, number)]):
                 return  # the connection is gone, and with it whoever asked

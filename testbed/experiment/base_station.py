@@ -110,20 +110,24 @@ class BaseStation:
         """Score and continue every window of the workload under one policy."""
         session, total = self.session, len(self.workload.scored) + len(self.workload.continued)
         session.policy, session.policy_index = policy, index
-        for prompt, window in enumerate(self.workload.scored):
-            progress(label, prompt, total)
-            session.prompt = prompt
-            self._score(index, prompt, window)
-        for prompt, window in enumerate(self.workload.continued, start=len(self.workload.scored)):
-            progress(label, prompt, total)
-            session.prompt = prompt
-            self._continue(index, prompt, window)
+        try:
+            for prompt, window in enumerate(self.workload.scored):
+                progress(label, prompt, total)
+                session.prompt = prompt
+                self._score(index, prompt, window)
+            for prompt, window in enumerate(self.workload.continued, start=len(self.workload.scored)):
+                progress(label, prompt, total)
+                session.prompt = prompt
+                self._continue(index, prompt, window)
+        finally:
+            session.settle()  # also the round that ended the run
         progress(label, total, total)
 
     def _score(self, policy: int, prompt: int, window: Window) -> None:
         """Log how well the model predicts each next token of the window."""
         token_ids = torch.tensor([window.token_ids])
         logits_TV = self._model(input_ids=token_ids[:, :-1], use_cache=False).logits[0].float()
+        self.session.settle()
         target_T = token_ids[0, 1:]
         self._recorder.event(
             "scored",
@@ -147,6 +151,7 @@ class BaseStation:
             do_sample=False,
             streamer=stamps,
         )
+        self.session.settle()
         self._recorder.event(
             "generated",
             policy=policy,

@@ -49,6 +49,8 @@ class RunningMean:
         row costs token_s whatever else is sent: a mean cannot tell a round's fixed cost from the cost of its rows.
         """
         own_N = self.lessons_PN[phase] > 0
-        token_s_N = np.where(own_N, self.mean_s_PN[phase], self.mean_s_PN[1 - phase])
-        taught_at_s_N = np.where(own_N, self.taught_at_s_PN[phase], self.taught_at_s_PN[1 - phase])
+        token_s_N, taught_at_s_N = self.mean_s_PN[phase].copy(), self.taught_at_s_PN[phase]
+        if not own_N.all():
+            token_s_N = np.where(own_N, token_s_N, self.mean_s_PN[1 - phase])
+            taught_at_s_N = np.where(own_N, taught_at_s_N, self.taught_at_s_PN[1 - phase])
         return State(token_s_N, available_N.copy(), now_s - taught_at_s_N, self._zero_N, self._zero_N, token_s_N)

@@ -7,7 +7,10 @@ is not part of the routing, has no device, counts neither as kept nor as dropped
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numpy.typing import NDArray
 
+from testbed.native import native, read, write
 from testbed.policies.base import DROPPED, BoolArray, FloatArray, IntArray, Routing, Selection, State
 
 
@@ -23,24 +26,43 @@ def known_token_s(state: State) -> FloatArray:
     return np.where((state.token_s_N > 0) & (state.token_s_N < np.inf), state.token_s_N, np.nan)
 
 
-def device_of_expert(routing: Routing, state: State) -> IntArray:
-    """The available device with the least token_s that holds each expert, as device_E; DROPPED where there is none.
+def device_of_pair(routing: Routing, state: State) -> IntArray:
+    """device_TK: the available device with the least token_s that holds the pair's expert; DROPPED where there is none.
 
     A device of unknown latency is worse than any known one, but usable. Ties go to the lowest index. A device that is
     away is simply not here: the ratio of Algorithm 1 never sees it as t = infinity.
     """
-    fastest_first_N = np.argsort(known_token_s(state), kind="stable")  # NaN sorts last, ties stay in order
-    usable_NE = routing.holds_NE[fastest_first_N] & state.available_N[fastest_first_N, None]
-    first_E = usable_NE.argmax(axis=0)
-    return np.where(usable_NE.any(axis=0), fastest_first_N[first_E], DROPPED)
+    expert_TK = np.ascontiguousarray(routing.expert_TK, np.int64)
+    token_s_N = np.ascontiguousarray(state.token_s_N, np.float64)
+    device_TK = np.empty_like(expert_TK)
+    _fastest_holders(expert_TK, routing.holds_NE, token_s_N, state.available_N, device_TK)
+    return device_TK
 
 
-def device_of_pair(routing: Routing, state: State) -> IntArray:
-    """The device that would serve each pair, as device_TK: `device_of_expert`; DROPPED too where there is no expert."""
-    device_E = device_of_expert(routing, state)
-    no_expert = len(device_E)
-    expert_or_none_TK = np.where(routed(routing), routing.expert_TK, no_expert)
-    return np.append(device_E, DROPPED)[expert_or_none_TK]
+@native(
+    read(types.int64, 2), read(types.boolean, 2), read(types.float64, 1), read(types.boolean, 1), write(types.int64, 2)
+)
+def _fastest_holders(
+    expert_TK: NDArray[np.int64],
+    holds_NE: BoolArray,
+    token_s_N: NDArray[np.float64],
+    available_N: BoolArray,
+    device_TK: NDArray[np.int64],
+) -> int:
+    devices, experts = holds_NE.shape
+    device_E = np.full(experts, DROPPED)
+    for expert in range(experts):
+        least_s = np.inf
+        for device in range(devices):
+            if holds_NE[device, expert] and available_N[device]:
+                token_s = token_s_N[device] if token_s_N[device] > 0 else np.inf  # NaN is not above 0
+                if device_E[expert] == DROPPED or token_s < least_s:
+                    device_E[expert], least_s = device, token_s
+    for token in range(expert_TK.shape[0]):
+        for choice in range(expert_TK.shape[1]):
+            expert = expert_TK[token, choice]
+            device_TK[token, choice] = device_E[expert] if 0 <= expert < experts else DROPPED
+    return 0
 
 
 def rescale(weight_TK: FloatArray, kept_TK: BoolArray) -> FloatArray:

@@ -49,7 +49,7 @@ def below_threshold(ratio_TK: FloatArray, theta: float) -> BoolArray:
     maximum: a pair goes if its own ratio / (ratio + max) < theta. Ties need no rule, because pairs of equal ratio share
     one fate, and the order of tokens or experts cannot matter. Where all ratios are 0, kappa is undefined: none goes.
     """
-    best_T1 = np.fmax.reduce(ratio_TK, axis=1, keepdims=True)
+    best_T1 = np.fmax.reduce(np.ascontiguousarray(ratio_TK.T))[:, None]
     with np.errstate(invalid="ignore"):
         kappa_TK: FloatArray = ratio_TK / (ratio_TK + best_T1)
     return kappa_TK < theta

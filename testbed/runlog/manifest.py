@@ -19,7 +19,7 @@ from testbed.errors import RunLogError
 from testbed.runlog.schema import CONFIG, MANIFEST
 from testbed.runlog.segment import new_file
 
-PACKAGES = ("numpy", "numba", "pyarrow", "pyzmq", "msgpack", "safetensors", "torch", "transformers")
+PACKAGES = ("numpy", "numba", "pyarrow", "pyzmq", "msgspec", "safetensors", "torch", "transformers")
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -1,4 +1,4 @@
-"""The loops of the row codec and of combine, compiled when first imported and then loaded from numba's cache.
+"""The compiled loops of the row codec and of combine.
 
 Every kernel works row by row, so that a second look finds the row still in the cache, keeps no temporary and lets go
 of the interpreter lock. It returns the first row that it refuses, or NO_ROW.
@@ -14,45 +14,24 @@ definition, `nnan` and `ninf` would allow the checks to be removed).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
+
+from testbed.native import inlined, native, read, write
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
-
 NO_ROW = -1
+SCALE_BYTES = 4  # before the values of an int8 row: its scale, a little-endian float32
 SMALLEST_MAX = np.float32(127 * 2.0**-126)  # of a row in int8: below it, the scale would be subnormal
 SCALE_BOUND_BITS = np.uint32(0x7C00_0000)  # 2**121: from there on, -128 * scale overflows
 MAGNITUDE = np.uint32(0x7FFF_FFFF)
 INFINITY = np.uint32(0x7F80_0000)
 HALF_SMALLEST_NORMAL = np.uint32(0x3880_0000)  # 2**-14
 HALF_REBIAS = np.uint32((127 - 15) << 23)
-
-
-def read(dtype: Any, ndim: int) -> Any:
-    """C-contiguous input that may be read-only and, as a payload in a received frame may be, unaligned."""
-    return types.Array(dtype, ndim, "C", readonly=True, aligned=False)
-
-
-def write(dtype: Any, ndim: int) -> Any:
-    return types.Array(dtype, ndim, "C")
-
-
-def native(*signature: Any) -> Callable[[Kernel], Kernel]:
-    """Compile now, for exactly these arguments; the answer is a row."""
-    return cast("Callable[[Kernel], Kernel]", numba.njit(types.int64(*signature), nogil=True, cache=True))
-
-
-def inlined(helper: Kernel) -> Kernel:
-    """Compiled with the kernels that call it."""
-    return register_jitable(helper)
 
 
 @inlined
@@ -73,23 +52,22 @@ def max_magnitude(bits_D: Any) -> Any:
     return largest
 
 
-@native(read(types.float32, 2), types.float64, write(types.int8, 2), write(types.float32, 1))
-def encode_int8(
-    hidden_RD: NDArray[np.float32], largest: float, values_RD: NDArray[np.int8], scale_R: NDArray[np.float32]
-) -> int:
+@native(read(types.float32, 2), types.float64, write(types.uint8, 2))
+def encode_int8(hidden_RD: NDArray[np.float32], largest: float, out_RB: NDArray[np.uint8]) -> int:
     bits_RD = hidden_RD.view(np.uint32)
     for row in range(hidden_RD.shape[0]):
         max_bits = max_magnitude(bits_RD[row])
         if max_bits > as_bits(largest):
             return row
         row_max = as_float(max_bits)
-        steps = np.float32(0)
-        scale_R[row] = 0
+        steps, scale = np.float32(0), np.float32(0)
         if row_max >= SMALLEST_MAX:
-            steps = np.float32(127) / row_max
-            scale_R[row] = row_max / np.float32(127)
-        for column in range(hidden_RD.shape[1]):
-            values_RD[row, column] = np.int8(np.rint(hidden_RD[row, column] * steps))
+            steps, scale = np.float32(127) / row_max, row_max / np.float32(127)
+        for byte in range(SCALE_BYTES):
+            out_RB[row, byte] = np.uint8(as_bits(scale) >> np.uint32(8 * byte))
+        value_D = out_RB[row, SCALE_BYTES:].view(np.int8)
+        for column in range(value_D.size):
+            value_D[column] = np.int8(np.rint(hidden_RD[row, column] * steps))
     return NO_ROW
 
 
@@ -133,36 +111,17 @@ def check_fp32(hidden_RD: NDArray[np.float32], largest: float) -> int:
     return NO_ROW
 
 
-@native(read(types.uint8, 2), read(types.uint8, 2), read(types.int64, 1), write(types.uint8, 1))
-def gather(
-    scale_TB: NDArray[np.uint8], values_TB: NDArray[np.uint8], row_index_R: NDArray[np.int64], out: NDArray[np.uint8]
-) -> int:
-    """Copy the scales (0 bytes wide where there are none) and then the values of rows.
-
-    Returns the first place in row_index_R that names no row, or NO_ROW.
-    """
-    scale_bytes, value_bytes = scale_TB.shape[1], values_TB.shape[1]
-    for place in range(row_index_R.size):
-        row = row_index_R[place]
-        if not 0 <= row < values_TB.shape[0]:
-            return place
-        scale_at = place * scale_bytes
-        for byte in range(scale_bytes):
-            out[scale_at + byte] = scale_TB[row, byte]
-        value_at = row_index_R.size * scale_bytes + place * value_bytes
-        for byte in range(value_bytes):
-            out[value_at + byte] = values_TB[row, byte]
-    return NO_ROW
-
-
-@native(read(types.float32, 1), read(types.int8, 2), write(types.float32, 2))
-def decode_int8(scale_R: NDArray[np.float32], values_RD: NDArray[np.int8], out_RD: NDArray[np.float32]) -> int:
-    for row in range(values_RD.shape[0]):
-        scale = scale_R[row]
-        if as_bits(scale) >= SCALE_BOUND_BITS:  # a negative one too: its sign is the highest bit
+@native(read(types.uint8, 2), write(types.float32, 2))
+def decode_int8(payload_RB: NDArray[np.uint8], out_RD: NDArray[np.float32]) -> int:
+    for row in range(payload_RB.shape[0]):
+        bits = np.uint32(0)
+        for byte in range(SCALE_BYTES):
+            bits = np.uint32(bits | np.uint32(np.uint32(payload_RB[row, byte]) << np.uint32(8 * byte)))
+        if bits >= SCALE_BOUND_BITS:  # a negative one too: its sign is the highest bit
             return row
-        for column in range(values_RD.shape[1]):
-            out_RD[row, column] = np.float32(values_RD[row, column]) * scale
+        value_D = payload_RB[row, SCALE_BYTES:].view(np.int8)
+        for column in range(value_D.size):
+            out_RD[row, column] = np.float32(value_D[column]) * as_float(bits)
     return NO_ROW
 
 

@@ -1,7 +1,8 @@
 """What travels between base station and node.
 
 A message is one msgpack header of at most 4 KiB and, for parts of a block, one raw payload frame
-(`quantization.py`). Limits are set before parsing; kind, fields, types and ranges are checked after it.
+(`quantization.py`). The header's size is checked before it is parsed; kind, number of fields, types, ranges and
+lengths are checked while it is parsed (msgspec), before anything is allocated for them.
 
     node -> BS    Hello  Heartbeat  Announce  Credit  ReplyPart  Rejected
     BS -> node    Welcome  HelloAgain  Refuse  RequestPart  Goodbye
@@ -9,68 +10,64 @@ A message is one msgpack header of at most 4 KiB and, for parts of a block, one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, get_type_hints
+import math
+from typing import Annotated, TypeVar
 
-import msgpack
+import msgspec
+from msgspec import Meta
 
 from testbed.errors import MessageError
-from testbed.wire.checks import (
-    MAX_FIGURES,
-    MAX_SEGMENTS,
-    MAX_TEXT,
-    Check,
-    is_duration,
-    is_figure,
-    is_figures,
-    is_held,
-    is_row_count,
-    is_segments,
-    is_text,
-    is_u16,
-    is_u64,
-    is_width,
-    one_of,
-    whole,
-)
+from testbed.wire.quantization import SchemeName
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 4096
-
+MAX_TEXT = 512  # characters
+MAX_SEGMENTS = 512
+MAX_FIGURES = 48
 
 # A field's type, and what it must hold to be accepted from the wire.
-U16 = Annotated[int, is_u16]
-U64 = Annotated[int, is_u64]
-Duration = Annotated[int, is_duration]
-RowCount = Annotated[int, is_row_count]
-Width = Annotated[int, is_width]
-Text = Annotated[str, is_text]
-SchemeName = Annotated[str, one_of("int8", "fp16", "bf16", "fp32")]
-Figure = Annotated[float | None, is_figure]
-Figures = Annotated[dict[str, Any], is_figures]
-Held = Annotated[list[int], is_held]
-Segments = Annotated[list[list[int]], is_segments]
+U16 = Annotated[int, Meta(ge=0, le=2**16 - 1)]
+U64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Duration = Annotated[int, Meta(ge=0, le=2**62)]
+Count = Annotated[int, Meta(ge=1, le=2**16 - 1)]
+RowCount = Annotated[int, Meta(ge=1, le=2**22)]
+Width = Annotated[int, Meta(ge=1, le=2**20)]
+Expert = Annotated[int, Meta(ge=0, le=2**15 - 1)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Figures = Annotated[dict[Text, float | None], Meta(max_length=MAX_FIGURES)]
+Held = Annotated[list[U16], Meta(max_length=MAX_SEGMENTS)]
+Segments = Annotated[list[tuple[Expert, RowCount]], Meta(min_length=1, max_length=MAX_SEGMENTS)]
 
 
-class Hello(NamedTuple):
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Travels as a msgpack list of its kind and its fields in order."""
+
+
+class Hello(Message, frozen=True, tag=0):
     """A node introduces itself; the BS binds `device` to the CURVE key that sent this."""
 
-    protocol: Annotated[int, whole(0, 2**31)]
+    protocol: Annotated[int, Meta(ge=0, le=2**31)]
     device: Text
     boot_id: U64  # drawn at process start: a restarted node is a new one
     manifest_sha256: Text
     experts_held: Held
-    emulated_flops_per_s: Figure  # compute is padded to this; None: as fast as it is
+    emulated_flops_per_s: float | None  # compute is padded to this; None: as fast as it is
+
+    def __post_init__(self) -> None:
+        require_finite(self.emulated_flops_per_s)
 
 
-class Heartbeat(NamedTuple):
+class Heartbeat(Message, frozen=True, tag=1):
     """Sent by the loop that computes, so that a hung node falls silent."""
 
     sent_ns: U64  # the node's monotonic clock
     figures: Figures
 
+    def __post_init__(self) -> None:
+        require_finite(*self.figures.values())
 
-class Announce(NamedTuple):
+
+class Announce(Message, frozen=True, tag=2):
     """Before a long block: no sign of life will come for about `estimate_ns`, and that is no reason to worry."""
 
     round: U64
@@ -78,7 +75,7 @@ class Announce(NamedTuple):
     estimate_ns: Duration
 
 
-class Credit(NamedTuple):
+class Credit(Message, frozen=True, tag=3):
     """Bytes of the current block that have arrived: opens the sender's window."""
 
     round: U64
@@ -86,7 +83,7 @@ class Credit(NamedTuple):
     received_bytes: U64
 
 
-class RequestPart(NamedTuple):
+class RequestPart(Message, frozen=True, tag=3):
     """Part `part` of a block of `rows` rows, followed by its payload; `parts.py` says which rows it carries."""
 
     run: U64
@@ -94,7 +91,7 @@ class RequestPart(NamedTuple):
     attempt: U16
     layer: U16
     part: U16
-    parts: Annotated[int, whole(1, 2**16 - 1)]
+    parts: Count
     rows: RowCount
     width: Width
     scheme: SchemeName
@@ -102,14 +99,14 @@ class RequestPart(NamedTuple):
     segments: Segments
 
 
-class ReplyPart(NamedTuple):
+class ReplyPart(Message, frozen=True, tag=4):
     """Part of the experts' outputs, rows in the order of the request, and where the node's time went."""
 
     run: U64
     round: U64
     attempt: U16
     part: U16
-    parts: Annotated[int, whole(1, 2**16 - 1)]
+    parts: Count
     rows: RowCount
     width: Width
     scheme: SchemeName
@@ -122,7 +119,7 @@ class ReplyPart(NamedTuple):
     quantise_ns: Duration
 
 
-class Rejected(NamedTuple):
+class Rejected(Message, frozen=True, tag=5):
     """The node will not compute this block; it says why."""
 
     round: U64
@@ -130,68 +127,48 @@ class Rejected(NamedTuple):
     reason: Text
 
 
-class Welcome(NamedTuple):
+class Welcome(Message, frozen=True, tag=0):
     """The BS takes the node into the run."""
 
     run: U64
-    heartbeat_ns: Annotated[int, whole(10**6, 10**12)]
-    window_bytes: Annotated[int, whole(1, 2**31)]  # a block above this needs credit to come whole
+    heartbeat_ns: Annotated[int, Meta(ge=10**6, le=10**12)]
+    window_bytes: Annotated[int, Meta(ge=1, le=2**31)]  # a block above this needs credit to come whole
 
 
-class HelloAgain(NamedTuple):
+class HelloAgain(Message, frozen=True, tag=1):
     """The BS does not know this connection (it was restarted, or the link was): introduce yourself again."""
 
 
-class Refuse(NamedTuple):
+class Refuse(Message, frozen=True, tag=2):
     """The BS will not work with this node, and waiting will not change that."""
 
     reason: Text
 
 
-class Goodbye(NamedTuple):
+class Goodbye(Message, frozen=True, tag=4):
     """The run is over."""
 
 
-FROM_NODE = (Hello, Heartbeat, Announce, Credit, ReplyPart, Rejected)
-FROM_BASE_STATION = (Welcome, HelloAgain, Refuse, RequestPart, Goodbye)
+M = TypeVar("M")
+
+FromNode = Hello | Heartbeat | Announce | Credit | ReplyPart | Rejected
+FromBaseStation = Welcome | HelloAgain | Refuse | RequestPart | Goodbye
+
+_ENCODER = msgspec.msgpack.Encoder()
+_FROM_NODE: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)
+_FROM_BASE_STATION: msgspec.msgpack.Decoder[FromBaseStation] = msgspec.msgpack.Decoder(FromBaseStation)
 
 
-class _Layout(NamedTuple):
-    """How one kind of message travels: its number, then its fields in order."""
-
-    kind: int
-    message_type: type
-    names: tuple[str, ...]
-    checks: tuple[Check, ...]
-
-    def check(self, values: Sequence[Any]) -> None:
-        for name, accepts, value in zip(self.names, self.checks, values, strict=True):
-            if not accepts(value):
-                raise MessageError(f"{self.message_type.__name__}.{name}: {_shown(value)} is not acceptable")
+def require_finite(*figures: float | None) -> None:
+    """Raises ValueError unless each is a finite number or None, where nothing was measured."""
+    if not all(figure is None or math.isfinite(figure) for figure in figures):
+        raise ValueError("a figure is not a finite number")
 
 
-def _layouts(kinds: tuple[type, ...]) -> tuple[_Layout, ...]:
-    return tuple(_Layout(kind, t, t._fields, checks_of(t)) for kind, t in enumerate(kinds))  # type: ignore[attr-defined]
-
-
-def checks_of(message_type: type) -> tuple[Check, ...]:
-    """What each field of a message must hold, in order."""
-    return tuple(hint.__metadata__[0] for hint in get_type_hints(message_type, include_extras=True).values())
-
-
-_FROM_NODE, _FROM_BASE_STATION = _layouts(FROM_NODE), _layouts(FROM_BASE_STATION)
-_LAYOUT_OF = {layout.message_type: layout for layout in (*_FROM_NODE, *_FROM_BASE_STATION)}
-
-
-def encode(message: Any) -> bytes:
-    """Header bytes of a message: a msgpack list of its kind and its fields in order.
-
-    Raises MessageError for what a receiver would not accept: a field out of its range, or more than 4 KiB.
-    """
-    layout = _LAYOUT_OF[type(message)]
-    layout.check(message)
+def encode(message: Message) -> bytes:
+    """Header bytes of a message. Raises MessageError for more than 4 KiB, or a text that is not Unicode."""
     try:
-        header: bytes = msgpack.packb((layout.kind, *message))
+        header = _ENCODER.encode(message)
     except UnicodeEncodeError as error:
         raise MessageError(f"{type(message).__name__}: a text is not Unicode: {error.reason}") from error
     if len(header) > MAX_HEADER_BYTES:
@@ -201,78 +178,20 @@ def encode(message: Any) -> bytes:
     return header
 
 
-class PartHeaders:
-    """Headers of all parts of a block. All fields but `part` are the same: checked and packed once."""
-
-    def __init__(self, first: RequestPart | ReplyPart) -> None:
-        self._message, self._first = first, encode(first)
-        self._before = self._after = b""
-
-    def of(self, part: int) -> bytes:
-        if part == 0:
-            return self._first
-        if not self._before:
-            self._split()
-        header: bytes = self._before + msgpack.packb(part) + self._after
-        return header
-
-    def _split(self) -> None:
-        layout = _LAYOUT_OF[type(self._message)]
-        before = layout.names[: layout.names.index("part")]
-        head = msgpack.Packer().pack_array_header(len(layout.names) + 1) + msgpack.packb(layout.kind)
-        self._before = head + b"".join(msgpack.packb(getattr(self._message, name)) for name in before)
-        self._after = self._first[len(self._before) + 1 :]  # `part` is 0 in the first one: a single byte
-
-
-def decode_from_node(header: bytes) -> Any:
+def decode_from_node(header: bytes) -> FromNode:
     """A message sent by a node, checked. Raises MessageError."""
-    return _decode(header, _FROM_NODE)
+    return _decode(_FROM_NODE, header)
 
 
-def decode_from_base_station(header: bytes) -> Any:
+def decode_from_base_station(header: bytes) -> FromBaseStation:
     """A message sent by the base station, checked. Raises MessageError."""
-    return _decode(header, _FROM_BASE_STATION)
+    return _decode(_FROM_BASE_STATION, header)
 
 
-def _decode(header: bytes, layouts: tuple[_Layout, ...]) -> Any:
-    kind, *values = _parse(header)
-    if type(kind) is not int or not 0 <= kind < len(layouts):
-        raise MessageError(f"unknown message kind {_shown(kind)}")
-    layout = layouts[kind]
-    if len(values) != len(layout.names):
-        raise MessageError(f"{layout.message_type.__name__}: {len(values)} fields instead of {len(layout.names)}")
-    layout.check(values)
-    return layout.message_type(*values)
-
-
-def _parse(header: bytes) -> list[Any]:
+def _decode(decoder: msgspec.msgpack.Decoder[M], header: bytes) -> M:
     if len(header) > MAX_HEADER_BYTES:
         raise MessageError(f"header of {len(header)} bytes, at most {MAX_HEADER_BYTES} are read")
     try:
-        values = msgpack.unpackb(
-            header,
-            max_str_len=4 * MAX_TEXT,  # bytes: a character takes at most four
-            max_bin_len=0,
-            max_array_len=MAX_SEGMENTS,
-            max_map_len=MAX_FIGURES,
-            max_ext_len=0,
-            strict_map_key=True,
-            object_pairs_hook=_without_repeats,
-        )
-    except (ValueError, OverflowError, TypeError) as error:  # what msgpack raises for bytes that are not ours
-        raise MessageError(f"header is not msgpack: {type(error).__name__}: {error!s:.80}") from error
-    if type(values) is not list or not values:
-        raise MessageError(f"header is {type(values).__name__}, not a list of kind and fields")
-    return values
-
-
-def _without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    figures = dict(pairs)
-    if len(figures) != len(pairs):
-        raise ValueError("a key comes twice in a map")
-    return figures
-
-
-def _shown(value: Any) -> str:
-    """For an error's line. What holds other values is only named: the repr of deep nesting would raise."""
-    return f"{value!r:.80}" if type(value) in (int, float, str, bool, type(None)) else f"a {type(value).__name__}"
+        return decoder.decode(header)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MessageError(f"header is not a message of ours: {error!s:.120}") from error

@@ -6,19 +6,15 @@ would look like a dead peer; parts keep every link talking.
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import numpy as np
-from numpy.typing import NDArray
+from msgspec.structs import replace
 
 from testbed.errors import MessageError
+from testbed.wire.kept import KeptRows
 from testbed.wire.messages import ReplyPart, RequestPart
-from testbed.wire.quantization import SCHEMES, unpack
+from testbed.wire.quantization import SCHEMES, dequantise
 
 MAX_BLOCK_BYTES = 2**30
-_SAID_OF_BLOCK = {  # all that the parts of one block must agree on
-    kind: attrgetter(*(name for name in kind._fields if name != "part")) for kind in (RequestPart, ReplyPart)
-}
 
 
 def part_count(rows: int, value_bytes_per_row: int, part_bytes: int) -> int:
@@ -37,19 +33,6 @@ def part_rows(rows: int, parts: int, part: int) -> slice:
     return slice(part * size, min((part + 1) * size, rows))
 
 
-class KeptRows:
-    """Room for one block, kept from block to block, so that a large one does not cost fresh pages each time."""
-
-    def __init__(self) -> None:
-        self._flat: NDArray[np.float32] = np.empty(0, np.float32)
-
-    def take(self, rows: int, width: int) -> NDArray[np.float32]:
-        """Rows to write to; what was taken before is no longer valid."""
-        if self._flat.size < rows * width:
-            self._flat = np.empty(rows * width, np.float32)
-        return self._flat[: rows * width].reshape(rows, width)
-
-
 class Assembler:
     """Collects the parts of one block into rows of fp32.
 
@@ -57,26 +40,29 @@ class Assembler:
     checked against `max_bytes`. Parts may come in any order; a repeated or contradicting part raises MessageError.
     """
 
-    def __init__(self, first: RequestPart | ReplyPart, room: KeptRows, max_bytes: int = MAX_BLOCK_BYTES) -> None:
+    def __init__(
+        self, first: RequestPart | ReplyPart, room: KeptRows[np.float32], max_bytes: int = MAX_BLOCK_BYTES
+    ) -> None:
         if first.rows * first.width * 4 > max_bytes:
             raise MessageError(f"block of {first.rows} x {first.width} values is above the limit of {max_bytes} bytes")
         if part_rows(first.rows, first.parts, first.parts - 1).start >= first.rows:
             raise MessageError(f"{first.rows} rows do not travel in {first.parts} parts")
-        self.rows, self.width, self.parts = first.rows, first.width, first.parts
-        self.scheme = SCHEMES[first.scheme]
+        self._first = first
+        self._scheme = SCHEMES[first.scheme]
         self.block_RD = room.take(first.rows, first.width)
-        self._said = _SAID_OF_BLOCK[type(first)](first)
-        self.payload_bytes, self.total_bytes = 0, self.scheme.payload_bytes(first.rows, first.width)
-        self._missing = set(range(first.parts))
+        self.payload_bytes, self.total_bytes = 0, self._scheme.payload_bytes(first.rows, first.width)
+        self._arrived, self._missing = bytearray(first.parts), first.parts
 
     def add(self, part: RequestPart | ReplyPart, payload: bytes | memoryview) -> bool:
         """Dequantise one part into its place. True when the block is complete."""
-        if _SAID_OF_BLOCK[type(part)](part) != self._said:
-            raise MessageError(f"part {part.part} contradicts the first part of its block")
-        if part.part not in self._missing:
-            raise MessageError(f"part {part.part} of {part.parts} came twice or does not exist")
-        place = part_rows(self.rows, self.parts, part.part)
-        unpack(payload, place.stop - place.start, self.width, self.scheme, self.block_RD[place])
-        self._missing.remove(part.part)
+        first, number = self._first, part.part
+        if part is not first and replace(part, part=first.part) != first:
+            raise MessageError(f"part {number} contradicts the first part of its block")
+        if number >= first.parts or self._arrived[number]:
+            raise MessageError(f"part {number} of {first.parts} came twice or does not exist")
+        place = part_rows(first.rows, first.parts, number)
+        dequantise(payload, place.stop - place.start, first.width, self._scheme, self.block_RD[place])
+        self._arrived[number] = 1
+        self._missing -= 1
         self.payload_bytes += len(payload)
-        return not self._missing
+        return self._missing == 0

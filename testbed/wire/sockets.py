@@ -24,6 +24,7 @@ QUEUED_MESSAGES = 64
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 500, 1500
 # As plain ints: pyzmq's flags are enums, whose every operation costs a microsecond of a round.
 _EVENTS: Any = int(zmq.EVENTS)
+_RCVTIMEO: Any = int(zmq.RCVTIMEO)
 _POLLIN = int(zmq.POLLIN)
 _NOW, _NOW_AND_MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT) | int(zmq.SNDMORE)
 COMMON_OPTIONS = {
@@ -97,9 +98,7 @@ class StationSocket:
             self.socket.curve_publickey, self.socket.curve_secretkey = keys.public.encode(), keys.secret.encode()
         self._allow = allow
         self._monitor = self.socket.get_monitor_socket(WATCHED_EVENTS)
-        self._poller = zmq.Poller()
-        self._poller.register(self.socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
+        self._receiver = Receiver(self.socket)
         self.port = self._bind(host, port)
 
     def _bind(self, host: str, port: int) -> int:
@@ -115,9 +114,9 @@ class StationSocket:
             raise NodeError(f"cannot listen on {host}:{port}: {reason(error)}: {advice}") from None
         return int(self.socket.get_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
 
-    def wait(self, timeout_ms: float) -> None:
-        """Until a message or an event is there, or the time is over."""
-        self._poller.poll(math.ceil(timeout_ms))
+    def receive(self, timeout_ms: float) -> list[zmq.Frame] | None:
+        """The frames of the next message, None if none comes within the timeout."""
+        return self._receiver.receive(timeout_ms)
 
     def events(self) -> list[SocketEvent]:
         return drain_monitor(self._monitor)
@@ -153,6 +152,7 @@ class NodeSocket:
         if keys is not None and station_public is not None:
             self.socket.curve_publickey, self.socket.curve_secretkey = keys.public.encode(), keys.secret.encode()
             self.socket.curve_serverkey = station_public.encode()
+        self._receiver = Receiver(self.socket)
         self._monitor = self.socket.get_monitor_socket(WATCHED_EVENTS | FAILED_HANDSHAKES)
         self._connect(endpoint)
 
@@ -164,6 +164,10 @@ class NodeSocket:
             raise ConfigError(
                 f"cannot connect to {endpoint!r}: {reason(error)}: give the base station as tcp://ADDRESS:PORT"
             ) from None
+
+    def receive(self, timeout_ms: float) -> list[zmq.Frame] | None:
+        """The frames of the next message, None if none comes within the timeout."""
+        return self._receiver.receive(timeout_ms)
 
     def events(self) -> list[SocketEvent]:
         return drain_monitor(self._monitor)
@@ -177,21 +181,35 @@ class NodeSocket:
         self._context.term()
 
 
+class Receiver:
+    """Reads whole messages. A wait is the socket's own receive timeout, a fraction of the cost of polling it."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._timeout_ms = -1.0
+
+    def receive(self, timeout_ms: float) -> list[zmq.Frame] | None:
+        """The frames of the next message, None if none comes within the timeout. Nothing is copied."""
+        if timeout_ms == 0:
+            if not has_input(self._socket):
+                return None
+        elif timeout_ms != self._timeout_ms:
+            self._socket.setsockopt(_RCVTIMEO, math.ceil(timeout_ms))
+            self._timeout_ms = timeout_ms
+        try:
+            frame = self._socket.recv(copy=False)
+        except zmq.Again:
+            return None
+        frames = [frame]
+        while frame.more:
+            frame = self._socket.recv(copy=False)
+            frames.append(frame)
+        return frames
+
+
 def has_input(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message is there: asked of the socket itself, a tenth of the cost of polling it."""
     return bool(int(socket.getsockopt(_EVENTS)) & _POLLIN)
-
-
-def receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
-    """The frames of the next message, None where there is none. Nothing is copied."""
-    if not has_input(socket):
-        return None
-    frame = socket.recv(_NOW, copy=False)
-    frames = [frame]
-    while frame.more:
-        frame = socket.recv(_NOW, copy=False)
-        frames.append(frame)
-    return frames
 
 
 def send_frames(socket: zmq.Socket[bytes], *frames: Any) -> None:

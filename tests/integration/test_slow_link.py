@@ -97,7 +97,7 @@ def rows_for(tokens: int) -> tuple[NDArray[np.float32], list[Block]]:
     """hidden_TD and the one block of it that the node gets: even tokens to expert 0, odd ones to expert 1."""
     expert_T1 = (np.arange(tokens) % 2)[:, None]
     hidden_TD = np.random.default_rng(1).standard_normal((tokens, WIDTH)).astype(np.float32)
-    return hidden_TD, group(expert_T1, np.zeros_like(expert_T1), experts=2)
+    return hidden_TD, group(expert_T1, np.zeros_like(expert_T1), devices=1, experts=2)
 
 
 def test_4096_tokens_in_fp32_pass_a_link_of_2_mbit_per_s_without_a_disconnect(tmp_path: Path) -> None:

@@ -41,8 +41,7 @@ def by_nodes(module: Any, hidden_TD: Any, expert_TK: Any, weight_TK: Any) -> Any
         rows = {e: torch.where(torch.eq(expert_TK.T, e)) for e in experts}
         segments = [(e, len(token)) for e, (_, token) in rows.items() if len(token)]
         x_RD = torch.cat([hidden_TD[rows[e][1]] for e, _ in segments]) if segments else hidden_TD[:0]
-        y_RD = torch.empty_like(x_RD)
-        node.compute(layer, segments, x_RD.numpy(), y_RD.numpy())
+        y_RD = torch.from_numpy(node.compute(layer, segments, x_RD.numpy()).copy())
         for (e, _), y in zip(segments, y_RD.split([count for _, count in segments]), strict=True):
             parts[e] = (*rows[e], y)
     out_TD = torch.zeros_like(hidden_TD)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bs_node.blocks import Block, Outcome, arrived, combine, group
-from bs_node.dispatcher import InProcessDispatcher
+from bs_node.blocks import Block, Combiner, Outcome, arrived, combine, group
+from bs_node.dispatcher import InProcessDispatcher, Watcher
 from testbed.policies.base import DROPPED
 from testbed.runlog.schema import Status
 
@@ -54,7 +54,7 @@ def rounds(draw: st.DrawFn) -> Routed:
 
 
 def blocks_of(routed: Routed) -> list[Block]:
-    return group(routed.expert_TK, routed.device_TK, routed.experts)
+    return group(routed.expert_TK, routed.device_TK, 5, routed.experts)
 
 
 def expert_R(block: Block) -> list[int]:
@@ -106,18 +106,18 @@ def test_a_block_holds_what_travels_as_plain_numbers(routed: Routed) -> None:
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
 def test_narrow_indices_do_not_overflow(dtype: Any) -> None:
     expert_TK, device_TK = np.array([[299, 0], [7, 299]], dtype), np.array([[255, 0], [255, 1]], dtype)
-    blocks = group(expert_TK, device_TK, 300)
+    blocks = group(expert_TK, device_TK, 256, 300)
     assert [(b.device, b.segments, b.token_R.tolist(), b.choice_R.tolist()) for b in blocks] == [
-        (0, [[0, 1]], [0], [1]),
-        (1, [[299, 1]], [1], [1]),
-        (255, [[7, 1], [299, 1]], [1, 0], [0, 0]),
+        (0, [(0, 1)], [0], [1]),
+        (1, [(299, 1)], [1], [1]),
+        (255, [(7, 1), (299, 1)], [1, 0], [0, 0]),
     ]
 
 
 def test_a_round_of_which_nothing_is_kept_has_no_blocks_and_adds_nothing() -> None:
     expert_TK = np.zeros((3, 2), np.int64)
-    assert group(expert_TK, np.full_like(expert_TK, DROPPED), 4) == []
-    assert group(expert_TK[:0], expert_TK[:0], 4) == []
+    assert group(expert_TK, np.full_like(expert_TK, DROPPED), 5, 4) == []
+    assert group(expert_TK[:0], expert_TK[:0], 5, 4) == []
     out_TD = np.ones((3, WIDTH), np.float32)
     combine([], np.ones((3, 2), np.float32), out_TD)
     assert (out_TD == 1).all()
@@ -132,6 +132,25 @@ def test_combine_is_bitwise_the_slow_sum_whatever_came_first(routed: Routed, ran
     assert combined(routed, outcomes).tobytes() == expected
 
 
+@given(rounds(), st.randoms(use_true_random=False))
+def test_adding_up_while_replies_come_is_bitwise_the_slow_sum_in_any_order_of_coming(
+    routed: Routed, random: Any
+) -> None:
+    blocks = blocks_of(routed)
+    combiner = Combiner(blocks, routed.weight_TK, np.zeros((len(routed.expert_TK), WIDTH), np.float32))
+    outcomes = answered(routed, blocks)
+    random.shuffle(outcomes)
+    for outcome in outcomes:
+        combiner.take(outcome)
+    assert combiner.out_TD.tobytes() == slowly_combined(routed).tobytes()
+
+
+@pytest.mark.parametrize(("expert", "device"), [(4, 0), (-1, 0), (0, 3), (0, -2)])
+def test_a_kept_pair_without_an_expert_or_a_device_is_refused(expert: int, device: int) -> None:
+    with pytest.raises(ValueError, match="no device below 3 or no expert below 4"):
+        group(np.array([[0, expert]]), np.array([[1, device]]), 3, 4)
+
+
 @given(rounds(), st.sets(st.integers(0, 4)))
 def test_a_lost_block_adds_nothing_and_its_pairs_have_not_arrived(routed: Routed, lost: set[int]) -> None:
     outcomes = answered(routed, blocks_of(routed))
@@ -144,7 +163,7 @@ def test_a_lost_block_adds_nothing_and_its_pairs_have_not_arrived(routed: Routed
 
 
 def test_combine_adds_to_what_is_there() -> None:
-    block = Block(0, np.array([1]), np.array([0]), [[0, 1]])
+    block = Block(0, np.array([1]), np.array([0]), [(0, 1)])
     out_TD = np.ones((2, WIDTH), np.float32)
     combine(
         [Outcome(block, Status.ANSWERED, np.full((1, WIDTH), 4, np.float32))], np.full((2, 1), 0.5, np.float32), out_TD
@@ -154,11 +173,11 @@ def test_combine_adds_to_what_is_there() -> None:
 
 
 def test_a_round_trip_is_unknown_until_both_ends_of_it_were_seen() -> None:
-    outcome = Outcome(Block(0, np.array([0]), np.array([0]), [[0, 1]]), Status.LATE)
+    outcome = Outcome(Block(0, np.array([0]), np.array([0]), [(0, 1)]), Status.LATE)
     assert outcome.rtt_ns is None
-    outcome.sent_ns = 5
+    outcome.bs_sent_ns = 5
     assert outcome.rtt_ns is None
-    outcome.received_ns = 9
+    outcome.bs_received_ns = 9
     assert outcome.rtt_ns == 4
 
 
@@ -166,13 +185,13 @@ class ScaledByExpert:
     """Expert e of layer l multiplies by e + 1 and adds l; remembers which device it is."""
 
     def __init__(self) -> None:
-        self.calls: list[list[Sequence[int]]] = []
+        self.calls: list[list[tuple[int, int]]] = []
 
-    def compute(self, layer: int, segments: Sequence[Sequence[int]], x_RD: Float32, out_RD: Float32) -> None:
+    def compute(self, layer: int, segments: Sequence[tuple[int, int]], x_RD: Float32) -> Float32:
         self.calls.append(list(segments))
         factors = np.array([expert + 1 for expert, _ in segments], np.float32)
         factor_R = np.repeat(factors, [rows for _, rows in segments])
-        out_RD[:] = x_RD * factor_R[:, None] + layer
+        return x_RD * factor_R[:, None] + layer
 
 
 @given(rounds())
@@ -182,8 +201,11 @@ def test_the_in_process_dispatcher_gives_every_block_to_its_device_and_its_rows_
     devices = [ScaledByExpert() for _ in range(5)]
     blocks = blocks_of(routed)
     hidden_TD = routed.output_TED[:, 0]
-    outcomes, times = InProcessDispatcher(devices).exchange(9, 2, np.ascontiguousarray(hidden_TD), blocks)
+    heard: list[Outcome | None] = []
+    watcher = Watcher(sent=lambda: heard.append(None), answered=heard.append)
+    outcomes, times = InProcessDispatcher(devices).exchange(9, 2, np.ascontiguousarray(hidden_TD), blocks, watcher)
     assert [outcome.block for outcome in outcomes] == blocks
+    assert heard == [None, *outcomes]
     for outcome in outcomes:
         block = outcome.block
         factor_R1 = np.array(expert_R(block), np.float32)[:, None] + 1

@@ -2,73 +2,81 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any, get_args
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from messages import replace
+from msgspec.structs import replace
 
 from testbed.errors import MessageError
-from testbed.wire import checks
 from testbed.wire.messages import (
-    FROM_BASE_STATION,
-    FROM_NODE,
+    MAX_FIGURES,
     MAX_HEADER_BYTES,
+    MAX_SEGMENTS,
+    MAX_TEXT,
     Announce,
     Credit,
+    FromBaseStation,
+    FromNode,
     Heartbeat,
     Hello,
-    PartHeaders,
+    Message,
     Refuse,
     Rejected,
     ReplyPart,
     RequestPart,
-    checks_of,
     decode_from_base_station,
     decode_from_node,
     encode,
 )
 
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=checks.MAX_TEXT)
-figure = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63 - 1)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=MAX_TEXT)
+figure = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 u16, u64 = st.integers(0, 2**16 - 1), st.integers(0, 2**63 - 1)
 scheme = st.sampled_from(["int8", "fp16", "bf16", "fp32"])
-row_count = st.integers(1, 2**22)
+row_count, duration = st.integers(1, 2**22), st.integers(0, 2**62)
 
-BY_CHECK: dict[Any, st.SearchStrategy[Any]] = {
-    checks.is_text: text,
-    checks.is_figure: figure,
-    checks.is_figures: st.dictionaries(st.text("abc_é", max_size=12), figure, max_size=checks.MAX_FIGURES),
-    checks.is_held: st.lists(u16, max_size=checks.MAX_SEGMENTS),
-    checks.is_segments: st.lists(st.tuples(st.integers(0, 2**15 - 1), row_count).map(list), min_size=1, max_size=400),
-    checks.is_u16: u16,
-    checks.is_u64: u64,
-    checks.is_row_count: row_count,
-    checks.is_width: st.integers(1, 2**20),
-    checks.is_duration: st.integers(0, 2**62),
-}
-BY_NAME = {
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "protocol": st.integers(0, 2**31),
+    "device": text,
+    "boot_id": u64,
+    "manifest_sha256": text,
+    "experts_held": st.lists(u16, max_size=MAX_SEGMENTS),
+    "emulated_flops_per_s": figure,
+    "sent_ns": u64,
+    "figures": st.dictionaries(st.text("abc_é", max_size=12), figure, max_size=MAX_FIGURES),
+    "run": u64,
+    "round": u64,
+    "rows": row_count,
+    "estimate_ns": duration,
+    "attempt": u16,
+    "received_bytes": u64,
+    "layer": u16,
+    "part": u16,
     "parts": st.integers(1, 2**16 - 1),
+    "width": st.integers(1, 2**20),
     "scheme": scheme,
     "reply_scheme": scheme,
+    "segments": st.lists(st.tuples(st.integers(0, 2**15 - 1), row_count), min_size=1, max_size=400),
+    "received_ns": u64,
+    "queue_ns": duration,
+    "dequantise_ns": duration,
+    "compute_ns": duration,
+    "padding_ns": duration,
+    "quantise_ns": duration,
+    "reason": text,
     "heartbeat_ns": st.integers(10**6, 10**12),
     "window_bytes": st.integers(1, 2**31),
 }
 
 
-def messages_of(kind: type) -> st.SearchStrategy[Any]:
-    return st.builds(
-        kind,
-        **{
-            name: BY_NAME[name] if name in BY_NAME else BY_CHECK[check]
-            for name, check in zip(kind._fields, checks_of(kind), strict=True)
-        },
-    )
+def messages_of(kind: type[Message]) -> st.SearchStrategy[Any]:
+    return st.builds(kind, **{name: FIELDS[name] for name in kind.__struct_fields__})
 
 
+FROM_NODE, FROM_BASE_STATION = get_args(FromNode), get_args(FromBaseStation)
 from_node = st.one_of([messages_of(kind) for kind in FROM_NODE])
 from_base_station = st.one_of([messages_of(kind) for kind in FROM_BASE_STATION])
 anything = st.recursive(
@@ -82,7 +90,11 @@ anything = st.recursive(
     max_leaves=6,
 )
 
-REQUEST = RequestPart(7, 3, 0, 1, 0, 1, 5, 16, "int8", "fp16", [[2, 3], [6, 2]])
+REQUEST = RequestPart(7, 3, 0, 1, 0, 1, 5, 16, "int8", "fp16", [(2, 3), (6, 2)])
+WHOLE_NUMBERS = {
+    "run", "round", "attempt", "layer", "part", "parts", "rows", "width", "received_ns", "sent_ns", "queue_ns",
+    "dequantise_ns", "compute_ns", "padding_ns", "quantise_ns",
+}  # fmt: skip
 REPLY = ReplyPart(7, 3, 0, 0, 1, 5, 16, "fp16", 10, 20, 1, 2, 3, 0, 4)
 
 
@@ -136,18 +148,6 @@ def test_no_message_is_taken_for_one_of_the_other_direction(node_message: Any, s
         decode_from_node(encode(station_message))
 
 
-@given(from_node | from_base_station, st.data())
-def test_what_encode_takes_is_what_decode_accepts(message: Any, data: st.DataObject) -> None:
-    names = list(message._fields)
-    changed = data.draw(st.dictionaries(st.sampled_from(names), anything, max_size=2)) if names else {}
-    message = replace(message, **changed)
-    try:
-        header = encode(message)
-    except MessageError:
-        return
-    assert message in either_way(header)
-
-
 @given(st.binary(max_size=MAX_HEADER_BYTES + 1))
 def test_arbitrary_bytes_are_a_message_error(header: bytes) -> None:
     for result in either_way(header):
@@ -180,15 +180,10 @@ def test_a_header_with_flipped_bits_is_refused_or_still_keeps_every_rule(message
         assert isinstance(result, MessageError) or encode(result)
 
 
-def test_a_header_above_4096_bytes_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def must_not_parse(*_: Any, **__: Any) -> None:
-        pytest.fail("was parsed")
-
-    monkeypatch.setattr(msgpack, "unpackb", must_not_parse)
-    with pytest.raises(MessageError, match="header of 4097 bytes, at most 4096 are read"):
-        decode_from_node(bytes(4097))
-    with pytest.raises(MessageError, match="header of 4097 bytes, at most 4096 are read"):
-        decode_from_base_station(bytes(4097))
+@pytest.mark.parametrize("size", [4097, 10**6])
+def test_a_header_above_4096_bytes_is_refused_before_it_is_parsed(size: int) -> None:
+    for result in either_way(b"\xc1" + bytes(size - 1)):  # parsing would stop at the first byte
+        assert str(result) == f"header of {size} bytes, at most 4096 are read"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +206,7 @@ def test_a_small_header_cannot_claim_much_memory(header: bytes) -> None:
     tracemalloc.start()
     try:
         assert_refused(header)
-        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+        assert tracemalloc.get_traced_memory()[1] < 2**17
     finally:
         tracemalloc.stop()
 
@@ -254,7 +249,7 @@ def test_what_is_no_list_of_a_known_kind_and_its_fields_is_refused(header: bytes
 
 @pytest.mark.parametrize("kind", range(6))
 def test_a_field_too_many_or_too_few_is_refused(kind: int) -> None:
-    lengths = {len(kinds[kind]._fields) for kinds in (FROM_NODE, FROM_BASE_STATION) if kind < len(kinds)}
+    lengths = {len(kinds[kind].__struct_fields__) for kinds in (FROM_NODE, FROM_BASE_STATION) if kind < len(kinds)}
     for length in set(range(20)) - lengths:
         assert_refused(packed(kind, *[1] * length))
 
@@ -286,21 +281,20 @@ def test_extension_types_and_binary_are_refused_wherever_they_stand(extension: b
 
 
 @pytest.mark.parametrize(
-    "bad", [float("nan"), float("inf"), float("-inf"), True, False, 2**63, 2**64 - 1, "1", [], {}, [1.0], {"k": 1.0}]
+    "bad", [float("nan"), float("inf"), float("-inf"), True, False, "1", [], {}, [1.0], {"k": 1.0}]
 )
 def test_a_figure_must_be_a_finite_number(bad: Any) -> None:
-    with pytest.raises(MessageError, match=r"Heartbeat\.figures"):
-        encode(Heartbeat(1, {"cpu_percent": bad}))
-    with pytest.raises(MessageError, match=r"Hello\.emulated_flops_per_s"):
-        encode(Hello(1, "near", 1, "0" * 64, [1], bad))
     assert_refused(packed(1, 1, {"cpu_percent": bad}))
     assert_refused(packed(0, 1, "near", 1, "0" * 64, [1], bad))
+    if isinstance(bad, float):
+        with pytest.raises(ValueError, match="not a finite number"):
+            Heartbeat(1, {"cpu_percent": bad})
+        with pytest.raises(ValueError, match="not a finite number"):
+            Hello(1, "near", 1, "0" * 64, [1], bad)
 
 
-@pytest.mark.parametrize(
-    "figures", [b"\x82\xa1k\x01\xa1k\x01", b"\x82\xa1k\x01\xa1k\x02", b"\x81\x01\x01", b"\x81\xc0\x01", b"\x81\x90\x01"]
-)
-def test_a_key_that_comes_twice_or_is_no_text_is_refused(figures: bytes) -> None:
+@pytest.mark.parametrize("figures", [b"\x81\x01\x01", b"\x81\xc0\x01", b"\x81\x90\x01"])
+def test_a_key_that_is_no_text_is_refused(figures: bytes) -> None:
     assert decode_from_node(b"\x93\x01\x00\x81\xa1k\x01") == Heartbeat(0, {"k": 1})
     assert_refused(b"\x93\x01\x00" + figures)
 
@@ -308,71 +302,67 @@ def test_a_key_that_comes_twice_or_is_no_text_is_refused(figures: bytes) -> None
 @pytest.mark.parametrize("message", [REQUEST, REPLY], ids=["request", "reply"])
 @pytest.mark.parametrize("bad", [True, None, -1, 2**63, 2**64 - 1, 1.0, "1", [1]])
 def test_a_whole_number_is_nothing_else_and_within_its_range(message: Any, bad: Any) -> None:
-    for name, kind in get_type_hints(type(message)).items():
-        if kind is int:
-            wrong = replace(message, **{name: bad})
-            with pytest.raises(MessageError, match=rf"{type(message).__name__}\.{name}"):
-                encode(wrong)
-            assert_refused(packed((*FROM_NODE, *FROM_BASE_STATION).index(type(message)) % 6, *values_of(wrong)))
+    for name in WHOLE_NUMBERS & set(message.__struct_fields__):
+        assert_refused(packed_with(message, **{name: bad}))
 
 
-def values_of(message: Any) -> list[Any]:
-    return list(message)
+def packed_with(message: Any, **changed: Any) -> bytes:
+    """The header of a message of which some fields are what they must not be."""
+    kind, *values = msgpack.unpackb(encode(message))
+    fields = dict(zip(message.__struct_fields__, values, strict=True)) | changed
+    return packed(kind, *fields.values())
 
 
 @pytest.mark.parametrize("name", ["rows", "width", "parts"])
 def test_a_block_has_at_least_one_row_one_column_and_one_part(name: str) -> None:
-    for message in (REQUEST, REPLY):
-        nothing: Any = {name: 0}
-        with pytest.raises(MessageError, match=name):
-            encode(replace(message, **nothing))
+    assert_refused(packed_with(REQUEST, **{name: 0}))
+    assert_refused(packed_with(REPLY, **{name: 0}))
 
 
 @pytest.mark.parametrize("bad", ["int4", "INT8", "", "pickle", b"int8", ["int8"], None, 8])
 def test_an_unknown_scheme_is_refused(bad: Any) -> None:
-    for message in (replace(REQUEST, scheme=bad), replace(REQUEST, reply_scheme=bad), replace(REPLY, scheme=bad)):
-        with pytest.raises(MessageError, match="scheme"):
-            encode(message)
-    assert_refused(packed(3, *values_of(replace(REQUEST, scheme=bad))))
-    assert_refused(packed(4, *values_of(replace(REPLY, scheme=bad))))
+    assert_refused(packed_with(REQUEST, scheme=bad))
+    assert_refused(packed_with(REQUEST, reply_scheme=bad))
+    assert_refused(packed_with(REPLY, scheme=bad))
 
 
 @pytest.mark.parametrize(
     "bad", [[], [[]], [[1]], [[1, 0]], [[1, 2, 3]], [[-1, 2]], [[2**15, 2]], [[1, 2**22 + 1]], [[1, True]], [1, 2], {}]
 )
 def test_segments_are_pairs_of_an_expert_and_its_rows(bad: Any) -> None:
-    with pytest.raises(MessageError, match="segments"):
-        encode(replace(REQUEST, segments=bad))
-    assert_refused(packed(3, *values_of(replace(REQUEST, segments=bad))))
+    assert_refused(packed_with(REQUEST, segments=bad))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        packed_with(REQUEST, segments=[[e, 1] for e in range(513)]),
+        packed_with(Rejected(1, 0, ""), reason="x" * 513),
+        packed_with(Refuse(""), reason="x" * 513),
+        packed_with(Hello(1, "near", 1, "0" * 64, [1], None), experts_held=[1] * 513),
+        packed_with(Heartbeat(1, {}), figures={f"figure {n}": 1.0 for n in range(49)}),
+        packed_with(Announce(1, 1, 1), round=2**63),
+        packed_with(Credit(1, 1, 1), attempt=2**16),
+    ],
+)
+def test_what_is_too_long_or_too_large_is_refused(header: bytes) -> None:
+    assert_refused(header)
 
 
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (replace(REQUEST, segments=[[e, 1] for e in range(513)]), "RequestPart.segments: a list is not acceptable"),
-        (replace(REQUEST, segments=[[300 + e, 2**22] for e in range(500)]), "RequestPart: header of .* at most 4096"),
-        (Rejected(1, 0, "x" * 513), "Rejected.reason"),
-        (Refuse("x" * 513), "Refuse.reason"),
+        (replace(REQUEST, segments=[(300 + e, 2**22) for e in range(500)]), "RequestPart: header of .* at most 4096"),
         (Refuse("no\ud800text"), "Refuse: a text is not Unicode"),
-        (Hello(1, "near", 1, "0" * 64, [1] * 513, None), "Hello.experts_held"),
-        (Heartbeat(1, {f"figure {n}": 1.0 for n in range(49)}), "Heartbeat.figures"),
         (Heartbeat(1, {f"{n:0512}": 1.0 for n in range(48)}), "Heartbeat: header of .* at most 4096"),
-        (Announce(2**63, 1, 1), "Announce.round"),
-        (Credit(1, 2**16, 1), "Credit.attempt"),
     ],
 )
-def test_encode_refuses_what_the_other_side_would_not_take(message: Any, words: str) -> None:
+def test_encode_refuses_a_header_that_nobody_would_read(message: Any, words: str) -> None:
     with pytest.raises(MessageError, match=f"^{words}"):
         encode(message)
 
 
 def test_a_reason_in_any_script_may_have_all_its_512_characters() -> None:
     for character in ("x", "é", "漢", "🛰"):
-        reason = Rejected(1, 0, character * checks.MAX_TEXT)
+        reason = Rejected(1, 0, character * MAX_TEXT)
         assert decode_from_node(encode(reason)) == reason
-
-
-@given(st.integers(0, 65_534))
-def test_the_header_of_any_part_of_a_block_is_that_of_the_first_with_its_own_number(part: int) -> None:
-    for first in (replace(REQUEST, parts=65_535), replace(REPLY, parts=65_535)):
-        assert PartHeaders(first).of(part) == encode(replace(first, part=part))

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from messages import replace
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from testbed.errors import MessageError
+from testbed.wire.kept import KeptRows
 from testbed.wire.messages import ReplyPart, RequestPart
-from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, KeptRows, part_count, part_rows
-from testbed.wire.quantization import SCHEMES, pack, quantise, unpack
+from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, part_count, part_rows
+from testbed.wire.quantization import SCHEMES, dequantise, quantise
 
-REQUEST = RequestPart(7, 3, 0, 1, 0, 4, 10, 6, "int8", "fp16", [[2, 3], [6, 7]])
+REQUEST = RequestPart(7, 3, 0, 1, 0, 4, 10, 6, "int8", "fp16", [(2, 3), (6, 7)])
 REPLY = ReplyPart(7, 3, 0, 0, 4, 10, 6, "fp16", 10, 20, 1, 2, 3, 0, 4)
 schemes = st.sampled_from(sorted(SCHEMES))
 
@@ -26,13 +27,8 @@ def hidden(rows: int, width: int, seed: int = 0) -> NDArray[np.float32]:
 
 def payloads(x_RD: NDArray[np.float32], scheme: str, parts: int) -> list[bytes]:
     """The payload of every part of a block."""
-    quantised, result = quantise(x_RD, SCHEMES[scheme]), []
-    for part in range(parts):
-        rows = np.arange(len(x_RD))[part_rows(len(x_RD), parts, part)]
-        payload = bytearray(SCHEMES[scheme].payload_bytes(len(rows), x_RD.shape[1]))
-        pack(quantised, rows, memoryview(payload))
-        result.append(bytes(payload))
-    return result
+    rows_RB = quantise(x_RD, SCHEMES[scheme])
+    return [rows_RB[part_rows(len(x_RD), parts, part)].tobytes() for part in range(parts)]
 
 
 @given(rows=st.integers(1, 5000), row_bytes=st.integers(1, 5000), part_bytes=st.integers(1, 70_000))
@@ -57,10 +53,10 @@ def test_no_part_is_empty_and_none_is_above_part_bytes_unless_one_row_is(
 def test_a_claimed_number_of_parts_is_taken_only_if_it_leaves_none_empty(rows: int, parts: int) -> None:
     claim = replace(REQUEST, rows=rows, parts=parts)
     if all(part_rows(rows, parts, part).start < rows for part in range(parts)):
-        Assembler(claim, KeptRows())
+        Assembler(claim, KeptRows(np.float32))
     else:
         with pytest.raises(MessageError, match=f"{rows} rows do not travel in {parts} parts"):
-            Assembler(claim, KeptRows())
+            Assembler(claim, KeptRows(np.float32))
 
 
 @given(shape=st.tuples(st.integers(1, 60), st.integers(1, 20)), scheme=schemes, data=st.data())
@@ -74,10 +70,10 @@ def test_parts_in_any_order_give_what_the_whole_block_gives(
     sent = payloads(x_RD, scheme, parts)
     order = data.draw(st.permutations(range(parts)))
     header = replace(first, rows=rows, width=width, scheme=scheme, parts=parts)
-    assembler = Assembler(replace(header, part=order[0]), KeptRows())
+    assembler = Assembler(replace(header, part=order[0]), KeptRows(np.float32))
     complete = [assembler.add(replace(header, part=part), memoryview(sent[part])) for part in order]
     whole_RD = np.empty_like(x_RD)
-    unpack(payloads(x_RD, scheme, 1)[0], rows, width, SCHEMES[scheme], whole_RD)
+    dequantise(payloads(x_RD, scheme, 1)[0], rows, width, SCHEMES[scheme], whole_RD)
     assert complete == [False] * (parts - 1) + [True]
     assert assembler.block_RD.tobytes() == whole_RD.tobytes()
     assert assembler.payload_bytes == SCHEMES[scheme].payload_bytes(rows, width)
@@ -86,7 +82,7 @@ def test_parts_in_any_order_give_what_the_whole_block_gives(
 def started(first: Any) -> tuple[Assembler, list[bytes]]:
     """A block of which part 0 has arrived."""
     sent = payloads(hidden(first.rows, first.width), first.scheme, first.parts)
-    assembler = Assembler(first, KeptRows())
+    assembler = Assembler(first, KeptRows(np.float32))
     assert not assembler.add(first, sent[0])
     return assembler, sent
 
@@ -107,7 +103,7 @@ def test_a_repeated_part_and_one_that_does_not_exist_are_refused(first: Any, par
         *[(REQUEST, {name: 9}) for name in ("run", "round", "attempt", "layer", "rows", "width", "parts")],
         (REQUEST, {"scheme": "fp32"}),
         (REQUEST, {"reply_scheme": "fp32"}),
-        (REQUEST, {"segments": [[2, 4], [6, 6]]}),
+        (REQUEST, {"segments": [(2, 4), (6, 6)]}),
         *[(REPLY, {name: 9}) for name in ("run", "round", "attempt", "rows", "width", "parts", "compute_ns")],
         (REPLY, {"scheme": "fp32"}),
     ],
@@ -140,7 +136,7 @@ def test_a_block_with_a_missing_part_is_never_complete() -> None:
     assert not assembler.add(replace(REQUEST, part=3), sent[3])
 
 
-class NoRoom(KeptRows):
+class NoRoom(KeptRows[np.float32]):
     def take(self, rows: int, width: int) -> NDArray[np.float32]:
         pytest.fail(f"memory for {rows} x {width} was taken")
 
@@ -159,18 +155,18 @@ def test_a_claim_that_cannot_be_is_refused_before_memory_is_taken(change: dict[s
     tracemalloc.start()
     try:
         with pytest.raises(MessageError, match=r"above the limit of|do not travel in"):
-            Assembler(replace(REQUEST, **change), NoRoom(), max_bytes)
+            Assembler(replace(REQUEST, **change), NoRoom(np.float32), max_bytes)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
 
 
 def test_a_block_of_exactly_the_limit_is_taken() -> None:
-    Assembler(REQUEST, KeptRows(), max_bytes=10 * 6 * 4)
+    Assembler(REQUEST, KeptRows(np.float32), max_bytes=10 * 6 * 4)
 
 
 def test_kept_rows_use_their_memory_again_and_grow_only_when_they_must() -> None:
-    room = KeptRows()
+    room = KeptRows(np.float32)
     large = room.take(8, 5)
     assert large.shape == (8, 5)
     for rows, width in ((8, 5), (1, 1), (4, 10), (5, 8)):

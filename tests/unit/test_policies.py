@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from testbed.errors import ConfigError
 from testbed.policies import DROPPED, WLR, Policy, Routing, Selection, State, TopK, label, make_policy
 from testbed.policies.base import BoolArray, FloatArray, IntArray
-from testbed.policies.selection import device_of_expert, finish, rescale, routed
+from testbed.policies.selection import device_of_pair, finish, rescale, routed
 
 ROOT = Path(__file__).parents[2]
 WEIGHT = st.just(0.0) | st.floats(2**-20, 2, width=32)
@@ -237,16 +237,16 @@ def test_a_theta_outside_the_range_of_kappa_is_refused_in_one_line(theta: object
 def test_the_fastest_available_holder_serves_an_expert() -> None:
     holds_NE = np.array([[1, 1, 1, 0, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 1], [1, 1, 1, 1, 0]], bool)
     token_s_N = np.array([np.nan, 2e-3, 2e-3, 1e-3])
-    routing = Routing(0, np.zeros((1, 1), int), np.ones((1, 1)), holds_NE)
+    routing = Routing(0, np.array([[0, 1, 2, 3, 4, 5, -1]]), np.ones((1, 7)), holds_NE)
     state = state_of(token_s_N, np.array([True, True, True, False]))
     # a tie to the lowest index; unknown last, but used; the fastest of all is away
-    assert device_of_expert(routing, state).tolist() == [1, 1, 0, DROPPED, 2]
+    assert device_of_pair(routing, state).tolist() == [[1, 1, 0, DROPPED, 2, DROPPED, DROPPED]]
 
 
 def test_a_tie_goes_to_the_lowest_index_in_a_large_fleet_too() -> None:
     routing = Routing(0, np.zeros((1, 1), int), np.ones((1, 1)), np.ones((300, 1), bool))
     state = state_of(np.tile([2e-3, 1e-3], 150), np.ones(300, bool))
-    assert device_of_expert(routing, state).tolist() == [1]
+    assert device_of_pair(routing, state).tolist() == [[1]]
 
 
 def test_topk_drops_only_pairs_without_a_device() -> None:

@@ -11,16 +11,15 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from testbed.errors import ConfigError, MessageError
+from testbed.wire.kept import KeptRows
+from testbed.wire.kernels import SCALE_BYTES
 from testbed.wire.quantization import (
     SCHEMES,
-    Buffers,
-    Quantised,
     Scheme,
     accumulate,
-    pack,
+    dequantise,
     quantise,
     scheme_named,
-    unpack,
 )
 
 Block = NDArray[np.float32]
@@ -65,22 +64,30 @@ def any_values(scheme: Scheme) -> st.SearchStrategy[Block]:
     return hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=values)
 
 
-def packed(quantised: Quantised, rows: list[int] | None = None) -> bytearray:
-    index_R = np.array(range(len(quantised.values_TD)) if rows is None else rows, np.int64)
-    payload = bytearray(quantised.scheme.payload_bytes(len(index_R), quantised.values_TD.shape[1]))
-    pack(quantised, index_R, memoryview(payload))
-    return payload
+def values_of(rows_TB: NDArray[np.uint8], scheme: Scheme) -> NDArray[Any]:
+    kinds = {"int8": np.int8, "fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}
+    return rows_TB[:, SCALE_BYTES if scheme.has_scales else 0 :].copy().view(kinds[scheme.name])
+
+
+def scales_of(rows_TB: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scale_T: NDArray[np.float32] = rows_TB[:, :SCALE_BYTES].copy().view("<f4")[:, 0]
+    return scale_T
+
+
+def int8_rows(scale_R: NDArray[np.float32], values_RD: NDArray[np.int8]) -> bytes:
+    rows = zip(scale_R.astype("<f4"), values_RD.astype(np.int8), strict=True)
+    return b"".join(scale.tobytes() + values_D.tobytes() for scale, values_D in rows)
 
 
 def decoded(payload: Any, shape: tuple[int, ...], scheme: Scheme) -> Block:
     rows, width = shape
     out_RD = np.full(shape, np.nan, np.float32)
-    unpack(payload, rows, width, scheme, out_RD)
+    dequantise(payload, rows, width, scheme, out_RD)
     return out_RD
 
 
 def there_and_back(hidden_TD: Block, scheme: Scheme) -> Block:
-    return decoded(packed(quantise(hidden_TD, scheme)), hidden_TD.shape, scheme)
+    return decoded(quantise(hidden_TD, scheme).tobytes(), hidden_TD.shape, scheme)
 
 
 def nearest_bf16(value: np.float32) -> int:
@@ -122,13 +129,12 @@ def assert_same_bits(ours: NDArray[Any], expected: NDArray[Any]) -> None:
 
 
 def assert_equals_the_slow_way(hidden_TD: Block, scheme: Scheme) -> None:
-    quantised = quantise(hidden_TD, scheme)
+    rows_TB = quantise(hidden_TD, scheme)
     values_TD, scales = slowly_quantised(hidden_TD, scheme)
-    assert_same_bits(quantised.values_TD, values_TD)
-    if quantised.scale_T is None:
-        assert scales is None
-    else:
-        assert_same_bits(quantised.scale_T, np.array(scales, np.float32))
+    assert rows_TB.shape == (len(hidden_TD), scheme.row_bytes(hidden_TD.shape[1]))
+    assert_same_bits(values_of(rows_TB, scheme), values_TD)
+    if scales is not None:
+        assert_same_bits(scales_of(rows_TB), np.array(scales, np.float32))
     assert_same_bits(there_and_back(hidden_TD, scheme), slowly_decoded(values_TD, scales, scheme))
 
 
@@ -137,9 +143,7 @@ def assert_within_the_stated_bound(hidden_TD: Block, scheme: Scheme) -> None:
     error = np.abs(x - there_and_back(hidden_TD, scheme))
     row_max = np.abs(x).max(axis=1, keepdims=True)
     if scheme.name == "int8":
-        scale_T = quantise(hidden_TD, scheme).scale_T
-        assert scale_T is not None
-        steps = scale_T.astype(np.float64)[:, None] * (1 / 2 + 2**-15)
+        steps = scales_of(quantise(hidden_TD, scheme)).astype(np.float64)[:, None] * (1 / 2 + 2**-15)
         bound = np.where(row_max < INT8_ZERO_BELOW, np.abs(x), steps)
     elif scheme.name == "fp16":
         bound = np.maximum(np.abs(x) * 2.0**-11, 2.0**-25)
@@ -177,7 +181,7 @@ def test_every_number_of_two_bytes_survives_decoding_and_encoding() -> None:
     brain = bits[bits & 0x7F80 != 0x7F80][:, None]
     brain_values = (brain.astype(np.uint32) << 16).view(np.float32)
     assert_same_bits(decoded(brain.tobytes(), brain.shape, SCHEMES["bf16"]), brain_values)
-    assert_same_bits(quantise(brain_values, SCHEMES["bf16"]).values_TD, brain)
+    assert_same_bits(values_of(quantise(brain_values, SCHEMES["bf16"]), SCHEMES["bf16"]), brain)
 
 
 def test_halfway_between_two_fp16_numbers_and_next_to_it_rounds_as_numpy_does() -> None:
@@ -185,14 +189,13 @@ def test_halfway_between_two_fp16_numbers_and_next_to_it_rounds_as_numpy_does() 
     between = (half[:-1] + half[1:]) / 2
     x = np.concatenate([half, between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(1e5))])
     hidden_TD = np.stack([x, -x])
-    assert_same_bits(quantise(hidden_TD, SCHEMES["fp16"]).values_TD, hidden_TD.astype(np.float16))
+    assert_same_bits(values_of(quantise(hidden_TD, SCHEMES["fp16"]), SCHEMES["fp16"]), hidden_TD.astype(np.float16))
 
 
 def test_int8_carries_a_zero_row_as_zeros_and_reaches_127_both_ways() -> None:
-    quantised = quantise(np.array([[0, -0.0, 0], [2, -1, -2]], np.float32), SCHEMES["int8"])
-    assert quantised.scale_T is not None
-    assert quantised.scale_T.tolist() == [0, np.float32(2) / np.float32(127)]
-    assert quantised.values_TD.tolist() == [[0, 0, 0], [127, -64, -127]]
+    rows_TB = quantise(np.array([[0, -0.0, 0], [2, -1, -2]], np.float32), SCHEMES["int8"])
+    assert scales_of(rows_TB).tolist() == [0, np.float32(2) / np.float32(127)]
+    assert values_of(rows_TB, SCHEMES["int8"]).tolist() == [[0, 0, 0], [127, -64, -127]]
 
 
 @every_scheme
@@ -217,7 +220,7 @@ def test_the_largest_value_passes_and_the_next_one_is_refused(scheme: Scheme) ->
 
 def test_fp32_is_passed_on_without_a_copy() -> None:
     hidden_TD = np.ones((2, 3), np.float32)
-    assert quantise(hidden_TD, SCHEMES["fp32"], Buffers()).values_TD is hidden_TD
+    assert quantise(hidden_TD, SCHEMES["fp32"], KeptRows(np.uint8)).base is hidden_TD
 
 
 @every_scheme
@@ -228,61 +231,43 @@ def test_read_only_blocks_are_taken(scheme: Scheme) -> None:
 
 @every_scheme
 def test_kept_buffers_give_the_same_result_at_every_size(scheme: Scheme) -> None:
-    buffers = Buffers()
+    room = KeptRows(np.uint8)
     for rows in (1, 16, 128, 3):
         hidden_TD = np.random.default_rng(rows).standard_normal((rows, 17)).astype(np.float32)
-        kept, fresh = quantise(hidden_TD, scheme, buffers), quantise(hidden_TD, scheme)
-        assert packed(kept) == packed(fresh)
+        kept, fresh = quantise(hidden_TD, scheme, room), quantise(hidden_TD, scheme)
+        assert kept.tobytes() == fresh.tobytes()
 
 
 def test_kept_buffers_are_used_again() -> None:
-    buffers, hidden_TD = Buffers(), np.ones((16, 8), np.float32)
-    first, second = quantise(hidden_TD, SCHEMES["int8"], buffers), quantise(hidden_TD[:5], SCHEMES["int8"], buffers)
-    assert np.shares_memory(first.values_TD, second.values_TD)
+    room, hidden_TD = KeptRows(np.uint8), np.ones((16, 8), np.float32)
+    first, second = quantise(hidden_TD, SCHEMES["int8"], room), quantise(hidden_TD[:5], SCHEMES["int8"], room)
+    assert np.shares_memory(first, second)
 
 
 @given(data=st.data(), hidden_TD=blocks())
 @every_scheme
-def test_pack_gathers_rows_in_the_order_given(scheme: Scheme, hidden_TD: Block, data: st.DataObject) -> None:
+def test_any_rows_in_any_order_are_a_payload(scheme: Scheme, hidden_TD: Block, data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.integers(0, len(hidden_TD) - 1), max_size=30))
-    quantised = quantise(hidden_TD, scheme)
-    payload = packed(quantised, rows)
-    scales = b"" if quantised.scale_T is None else quantised.scale_T[rows].tobytes()
-    assert payload == scales + quantised.values_TD[rows].tobytes()
+    payload = quantise(hidden_TD, scheme)[rows].tobytes()
     ours = decoded(payload, (len(rows), hidden_TD.shape[1]), scheme)
     assert_same_bits(ours, there_and_back(hidden_TD, scheme)[rows])
 
 
 @every_scheme
-def test_pack_refuses_an_output_of_another_size_and_a_row_that_is_not_there(scheme: Scheme) -> None:
-    quantised = quantise(np.ones((4, 8), np.float32), scheme)
-    out = np.zeros(scheme.payload_bytes(2, 8), np.uint8)
-    with pytest.raises(ValueError, match="3 rows take"):
-        pack(quantised, np.arange(3), out)
-    for row in (-1, 4):
-        with pytest.raises(IndexError, match=f"row {row} is not one of the block's 4"):
-            pack(quantised, np.array([0, row]), out)
-
-
-@every_scheme
 @pytest.mark.parametrize("offset", range(9))
-def test_payloads_are_written_and_read_at_any_address(scheme: Scheme, offset: int) -> None:
+def test_payloads_are_read_at_any_address(scheme: Scheme, offset: int) -> None:
     hidden_TD = np.random.default_rng(1).standard_normal((3, 7)).astype(np.float32)
-    quantised = quantise(hidden_TD, scheme)
-    expected = packed(quantised)
-    memory = np.zeros(offset + len(expected), np.uint8)
-    pack(quantised, np.arange(3), memory[offset:])
-    assert memory[offset:].tobytes() == expected
-    for payload in (memory[offset:].data, memoryview(memory.tobytes())[offset:]):
-        assert_same_bits(decoded(payload, (3, 7), scheme), there_and_back(hidden_TD, scheme))
+    memory = bytes(offset) + quantise(hidden_TD, scheme).tobytes()
+    assert_same_bits(decoded(memoryview(memory)[offset:], (3, 7), scheme), there_and_back(hidden_TD, scheme))
+    assert_same_bits(decoded(memoryview(bytearray(memory))[offset:], (3, 7), scheme), there_and_back(hidden_TD, scheme))
 
 
 @every_scheme
 def test_payloads_are_read_from_bytes_and_from_frames(scheme: Scheme) -> None:
     hidden_TD = np.random.default_rng(2).standard_normal((5, 9)).astype(np.float32)
-    payload = packed(quantise(hidden_TD, scheme))
+    payload = quantise(hidden_TD, scheme).tobytes()
     expected = there_and_back(hidden_TD, scheme)
-    for received in (bytes(payload), zmq.Frame(bytes(payload)).buffer):
+    for received in (payload, zmq.Frame(payload).buffer):
         assert_same_bits(decoded(received, hidden_TD.shape, scheme), expected)
 
 
@@ -311,7 +296,7 @@ def test_any_bytes_decode_to_finite_numbers_or_are_refused(scheme: Scheme, data:
 def test_a_scale_out_of_range_is_refused_with_its_row(bad: float) -> None:
     scale_R = np.array([1, bad, 1], np.float32)
     with pytest.raises(MessageError, match="int8 payload has a scale out of range in row 1 of 3"):
-        decoded(scale_R.tobytes() + bytes(3 * 5), (3, 5), SCHEMES["int8"])
+        decoded(int8_rows(scale_R, np.zeros((3, 5), np.int8)), (3, 5), SCHEMES["int8"])
 
 
 def test_a_byte_that_we_never_send_still_decodes_to_a_finite_number() -> None:
@@ -339,9 +324,9 @@ def test_a_payload_value_that_is_not_finite_is_refused_with_its_row(name: str, b
         decoded(values_RD.tobytes(), (4, 33), scheme)
 
 
-def test_unpack_refuses_an_output_of_another_shape() -> None:
+def test_dequantise_refuses_an_output_of_another_shape() -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        unpack(bytes(32), 2, 4, SCHEMES["fp32"], np.zeros((4, 2), np.float32))
+        dequantise(bytes(32), 2, 4, SCHEMES["fp32"], np.zeros((4, 2), np.float32))
 
 
 @given(hidden_RD=blocks(), data=st.data())

@@ -49,9 +49,10 @@ class Bench:
         while not condition():
             if time.monotonic() > deadline_s:
                 pytest.fail(f"waited {DEADLINE_S} s for {what}")
-            self.station.wait(2)
-            while self.station.socket.poll(0):
-                self.received.append(self.station.socket.recv_multipart(copy=False))
+            timeout_ms = 2
+            while (frames := self.station.receive(timeout_ms)) is not None:
+                self.received.append(frames)
+                timeout_ms = 0
 
     def gets_through(self, node: NodeSocket, content: bytes) -> list[zmq.Frame]:
         self.until(lambda: try_send(node, content), "a connection")

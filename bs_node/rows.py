@@ -1,0 +1,142 @@
+"""What a finished round becomes in the log: one row per device, one per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from time import monotonic_ns
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bs_node.blocks import Outcome
+from bs_node.dispatcher import ExchangeTimes
+from testbed.policies.base import BoolArray, FloatArray, Routing, Selection, State
+from testbed.policies.selection import routed
+
+# An outcome's fields that are columns.
+OF_OUTCOME = (
+    "bytes_down",
+    "bytes_up",
+    "parts_down",
+    "parts_up",
+    "send_ns",
+    "rtt_ns",
+    "bs_sent_ns",
+    "bs_received_ns",
+    "node_received_ns",
+    "node_sent_ns",
+    "node_queue_ns",
+    "node_dequantise_ns",
+    "node_compute_ns",
+    "node_padding_ns",
+    "node_quantise_ns",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class RoundTimes:
+    """Stamps of one round, in nanoseconds on the base station's monotonic clock."""
+
+    started_ns: int
+    select_ns: int = 0
+    group_ns: int = 0
+    combine_ns: int = 0
+    exchange: ExchangeTimes = field(default_factory=ExchangeTimes)
+    last_ns: int = 0
+
+    def selected(self) -> None:
+        self.last_ns = monotonic_ns()
+        self.select_ns = self.last_ns - self.started_ns
+
+    def grouped(self) -> None:
+        self.group_ns = self._lap()
+
+    def exchanged(self, exchange: ExchangeTimes) -> None:
+        self.exchange = exchange
+        self._lap()
+
+    def combined(self, while_waiting_ns: int) -> None:
+        self.combine_ns = while_waiting_ns + self._lap()
+
+    def _lap(self) -> int:
+        before_ns, self.last_ns = self.last_ns, monotonic_ns()
+        return self.last_ns - before_ns
+
+    def columns(self) -> dict[str, int]:
+        return {
+            "select_ns": self.select_ns,
+            "group_ns": self.group_ns,
+            "quantise_ns": self.exchange.quantise_ns,
+            "wait_ns": self.exchange.wait_ns,
+            "dequantise_ns": self.exchange.dequantise_ns,
+            "combine_ns": self.combine_ns,
+            "round_ns": self.last_ns - self.started_ns,
+        }
+
+
+class Finished(NamedTuple):
+    """A round whose rows are still to be written."""
+
+    keys: dict[str, Any]
+    routing: Routing
+    state: State
+    selection: Selection
+    outcomes: Sequence[Outcome]
+    arrived_TK: BoolArray
+    final_TK: FloatArray
+    times: RoundTimes
+
+
+def orphaned(routing: Routing, arrived_TK: BoolArray) -> BoolArray:
+    """orphaned_T: tokens that the gate gave experts, of which none answered."""
+    return np.asarray(~arrived_TK.any(axis=1) & routed(routing).any(axis=1))
+
+
+def state_columns(state: State) -> dict[str, FloatArray | BoolArray]:
+    """What the policy saw."""
+    return {
+        "state_token_s": state.token_s_N,
+        "state_available": state.available_N,
+        "state_age_s": state.age_s_N,
+        "state_base_s": state.base_s_N,
+        "state_expert_s": state.expert_s_N,
+        "state_row_s": state.row_s_N,
+    }
+
+
+class Rows:
+    """Turns rounds into columns, in a table kept from round to round."""
+
+    def __init__(self, devices: int, keep_scores: bool) -> None:
+        names = ("status", "rows", "experts_touched", *OF_OUTCOME)
+        self._keep_scores = keep_scores
+        self._nothing_C = np.array([-1 if name.endswith("_ns") else 0 for name in names], np.int64)
+        self._table_DC = np.empty((devices, len(names)), np.int64)
+        self._column_of = {name: self._table_DC[:, place] for place, name in enumerate(names)}
+
+    def of(self, done: Finished) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Columns of the tables `rounds` and `tokens`, valid until the next call."""
+        tokens = {
+            "expert": done.routing.expert_TK,
+            "weight": done.routing.weight_TK,
+            "kept": done.arrived_TK,
+            "device": done.selection.device_TK,
+            "final_weight": done.final_TK,
+            "orphaned": orphaned(done.routing, done.arrived_TK),
+        }
+        if self._keep_scores and done.routing.score_TE is not None:
+            tokens["score"] = done.routing.score_TE
+        self._fill(done.outcomes)
+        return {**done.keys, **done.times.columns(), **state_columns(done.state), **self._column_of}, tokens
+
+    def _fill(self, outcomes: Sequence[Outcome]) -> None:
+        """Zero, or unknown for a time, for the devices that were sent nothing."""
+        self._table_DC[:] = self._nothing_C
+        for outcome in outcomes:
+            values = (outcome.status, outcome.block.rows, len(outcome.block.segments), *_OUTCOME_VALUES(outcome))
+            self._table_DC[outcome.block.device] = [-1 if value is None else value for value in values]
+
+
+_OUTCOME_VALUES = attrgetter(*OF_OUTCOME)

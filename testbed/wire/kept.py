@@ -1,0 +1,25 @@
+"""Memory that is kept from block to block, so that a large one does not cost fresh pages each time."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Value = TypeVar("Value", bound=np.generic)
+
+
+class KeptRows(Generic[Value]):
+    """Room for one block. It grows to the largest that it has seen."""
+
+    def __init__(self, dtype: type[Value]) -> None:
+        self._flat: NDArray[Value] = np.empty(0, dtype)
+
+    def take(self, rows: int, width: int) -> NDArray[Value]:
+        """Rows to write to, C-contiguous; what was taken before is no longer valid."""
+        size = rows * width
+        if self._flat.size < size:
+            self._flat = np.empty(size, self._flat.dtype)
+        taken: NDArray[Any] = self._flat[:size].reshape(rows, width)
+        return taken
