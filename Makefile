@@ -29,6 +29,7 @@ check: $(READY)  ## style, types, who may import whom
 bench: $(READY)  ## speed, as ratios within one run
 	$(BIN)/python benchmarks/codec.py
 	$(BIN)/python benchmarks/policies.py
+	$(BIN)/python benchmarks/estimator.py
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/fleet_start.py
 	$(BIN)/python benchmarks/layer_round.py

@@ -101,7 +101,7 @@ def round_node(port: int, name: str, keys: Path | None) -> None:
     from testbed.wire.messages import PROTOCOL_VERSION, Hello
 
     gc.freeze()  # as a node does once it is ready
-    hello = Hello(PROTOCOL_VERSION, name, 1, manifest_sha256(), [1], None)
+    hello = Hello(PROTOCOL_VERSION, name, 1, manifest_sha256(), [1], {})
     link = Link(lambda: node_socket(port, name, keys), hello, 60.0)
     Worker(link, EchoExperts(), figures=Telemetry().figures, stop=lambda: False).run()
     link.close()
@@ -222,12 +222,12 @@ class CodecBuffers:
 def our_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
     import torch
 
-    from bs_node.dispatcher import WirelessDispatcher, WireSettings
     from bs_node.registry import Registry
     from bs_node.remote_experts import RemoteLayer, remote_experts
     from bs_node.session import Session
     from bs_node.station import Station
-    from testbed.latency.running_mean import RunningMean
+    from bs_node.wireless import WirelessDispatcher, WireSettings
+    from testbed.latency.estimator import Estimator
     from testbed.policies.wlr import WLR
     from testbed.runlog.recorder import Recorder
 
@@ -241,8 +241,10 @@ def our_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
         sockets, registry, run=1, enrolled=enrolled, heartbeat_ns=500_000_000, window_bytes=2**20,
         on_event=recorder.event,
     )  # fmt: skip
-    dispatcher = WirelessDispatcher(station, WireSettings("int8", "int8", 65536, 2**20, 30.0), DEVICES)
-    session = Session(WLR(0.0), dispatcher, RunningMean(DEVICES), registry.nodes, recorder=recorder)
+    dispatcher = WirelessDispatcher(station, WireSettings("int8", "int8", 65536, 2**20, 0, 30.0), DEVICES)
+    session = Session(
+        WLR(0.0), dispatcher, Estimator(DEVICES, *[INT8.row_bytes(WIDTH)] * 2), registry.nodes, recorder=recorder
+    )
     module = SimpleNamespace(remote=RemoteLayer(0, manifest().holds_NE(0), None, session))
     station.wait_for_all(60.0, lambda: None)
     gc.freeze()  # as the base station does once it is ready

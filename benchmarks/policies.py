@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from testbed.latency.running_mean import DECODE, RunningMean
 from testbed.policies import WLR, Policy, Routing, State, TopK
 
-GOALS_US = {"wlr_4_tokens_us": 60, "wlr_512_tokens_us": 400, "running_mean_state_us": 10}
+GOALS_US = {"wlr_4_tokens_us": 60, "wlr_512_tokens_us": 400}
 
 
 def random_round(tokens: int, k: int, experts: int, devices: int) -> tuple[Routing, State]:
@@ -51,19 +50,8 @@ def policy_costs() -> dict[str, float]:
     return costs
 
 
-def running_mean_costs() -> dict[str, float]:
-    latency = RunningMean(devices=8)
-    available_N = np.ones(8, bool)
-    for device in range(8):
-        latency.teach(device, DECODE, rows=1, seconds=0.01, now_s=0.0)
-    return {
-        "running_mean_state_us": median_us(lambda: latency.state(DECODE, available_N, 1.0)),
-        "running_mean_teach_us": median_us(lambda: latency.teach(3, DECODE, 1, 0.01, 1.0)),
-    }
-
-
 def main() -> None:
-    costs = policy_costs() | running_mean_costs()
+    costs = policy_costs()
     for name, cost_us in costs.items():
         goal = f"goal {GOALS_US[name]}" if name in GOALS_US else ""
         print(f"{name.removesuffix('_us'):28}{cost_us:8.1f} us   {goal}")

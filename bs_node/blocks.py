@@ -59,6 +59,20 @@ class Outcome:
     node_compute_ns: int | None = None  # the padding included
     node_padding_ns: int | None = None
     node_quantise_ns: int | None = None
+    down_ns: int | None = None  # one way, as the comparison of the clocks has it
+    up_ns: int | None = None
+    clock_offset_ns: int | None = None  # the node's clock minus the base station's ...
+    clock_bound_ns: int | None = None  # ... and the most by which that, and the one-way times, can be wrong
+    dilation: float = 1.0  # emulated time was stretched by it
+
+    @property
+    def stamps(self) -> tuple[int, int, int, int] | None:
+        """BS sent, node received, node sent, BS received: each side's own clock. None unless all are known."""
+        sent_ns, received_ns = self.bs_sent_ns, self.bs_received_ns
+        node_received_ns, node_sent_ns = self.node_received_ns, self.node_sent_ns
+        if sent_ns is None or node_received_ns is None or node_sent_ns is None or received_ns is None:
+            return None
+        return sent_ns, node_received_ns, node_sent_ns, received_ns
 
     @property
     def rtt_ns(self) -> int | None:
@@ -129,7 +143,7 @@ class Combiner:
     """
 
     def __init__(self, blocks: Sequence[Block], weight_TK: FloatArray, out_TD: Float32) -> None:
-        self._blocks, self._weight_TK, self.out_TD = blocks, weight_TK, out_TD
+        self.blocks, self._weight_TK, self.out_TD = blocks, weight_TK, out_TD
         self._output_of: dict[int, Float32] = {}  # device -> its rows
         self._ahead: list[tuple[int, Block, slice]] | None = None  # still to add, the next one last
         self.spent_ns = 0
@@ -140,7 +154,7 @@ class Combiner:
         if outcome.output_RD is not None:
             self._output_of[outcome.block.device] = outcome.output_RD
             if self._ahead is None:
-                self._ahead = pieces(self._blocks)[::-1]
+                self._ahead = pieces(self.blocks)[::-1]
             while self._ahead and (output_RD := self._output_of.get(self._ahead[-1][1].device)) is not None:
                 _, block, rows = self._ahead.pop()
                 self._add(block, rows, output_RD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from testbed.checkpoint.manifest import Manifest, manifest_hash
+from testbed.latency.clock_sync import ClockSync
 from testbed.wire.messages import PROTOCOL_VERSION, Hello
 
 
@@ -22,8 +23,9 @@ class Node:
     silent: bool = False
     joins: int = 0
     broken_messages: int = 0
-    emulated_flops_per_s: float | None = None
+    emulated: dict[str, float | None] = field(default_factory=dict)
     figures: dict[str, float | None] = field(default_factory=dict)
+    clock: ClockSync = field(default_factory=ClockSync)  # of this boot
 
     @property
     def available(self) -> bool:
@@ -71,8 +73,10 @@ class Registry:
             self.forget(node)
             if known is not None:
                 self.forget(known)
+        if node.boot_id != hello.boot_id:
+            node.clock.reset()
         node.routing_id, node.descriptor, node.boot_id = routing_id, descriptor, hello.boot_id
-        node.emulated_flops_per_s = hello.emulated_flops_per_s
+        node.emulated = hello.emulated
         self._by_routing_id[routing_id] = node
         self.heard(node, now_ns)
         node.busy_until_ns = 0

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bs_node.blocks import Combiner, arrived, combine
-from bs_node.dispatcher import Watcher
 from bs_node.gate import Gate
 from bs_node.model import experts_of
 from bs_node.rows import RoundTimes
@@ -55,8 +54,7 @@ def remote_experts(
 
     hidden = hidden_TD.detach().to("cpu", torch.float32).contiguous().numpy()
     combiner = Combiner(blocks, selection.weight_TK, np.zeros_like(hidden))
-    watcher = Watcher(sent=session.settle, answered=combiner.take)
-    outcomes, exchange_times = session.dispatcher.exchange(session.rounds, layer.index, hidden, blocks, watcher)
+    outcomes, exchange_times = session.exchange(routing, state, selection, hidden, combiner)
     times.exchanged(exchange_times)
 
     arrived_TK = arrived(outcomes, selection.device_TK)

@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 
 from bs_node.blocks import Block, Outcome
 from testbed.errors import MessageError
+from testbed.policies.base import Deadline
 from testbed.runlog.schema import Status
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import Credit, Rejected, ReplyPart, RequestPart, encode
 from testbed.wire.parts import Assembler, part_rows
+
+CLOCKS_DIFFER = 1e-3  # at most: a node's second is that much longer or shorter than ours
 
 
 class Transfer:
@@ -79,7 +82,8 @@ class Transfer:
         request = self._request
         if self._next_part < request.parts:
             raise MessageError(f"reply after {self._next_part} of {request.parts} parts of the request")
-        if (part.rows, part.width, part.scheme) != (request.rows, request.width, request.reply_scheme):
+        wanted = request.rows, request.width, request.padded_width, request.reply_scheme
+        if (part.rows, part.width, part.padded_width, part.scheme) != wanted:
             raise MessageError(f"reply of {part.rows} x {part.width} {part.scheme} is not what was asked for")
         if self._reply is None:
             self._reply = Assembler(part, self._reply_room)
@@ -89,14 +93,42 @@ class Transfer:
         return complete
 
     def complete(self, part: ReplyPart, now_ns: int) -> None:
-        outcome = self.outcome
-        outcome.status = Status.ANSWERED
-        outcome.output_RD = self._reply.block_RD if self._reply is not None else None
-        outcome.bs_received_ns = now_ns
-        outcome.node_received_ns, outcome.node_sent_ns = part.received_ns, part.sent_ns
-        outcome.node_queue_ns, outcome.node_dequantise_ns = part.queue_ns, part.dequantise_ns
-        outcome.node_compute_ns, outcome.node_padding_ns = part.compute_ns + part.padding_ns, part.padding_ns
-        outcome.node_quantise_ns = part.quantise_ns
+        note_times(self.outcome, part, now_ns)
+        self.outcome.status = Status.ANSWERED
+        self.outcome.output_RD = self._reply.block_RD if self._reply is not None else None
+
+
+def note_times(outcome: Outcome, last: ReplyPart, now_ns: int) -> None:
+    """What the last part of a reply says of the block's times. Raises MessageError where these cannot be."""
+    residence_ns, rtt_ns = last.sent_ns - last.received_ns, now_ns - (outcome.bs_sent_ns or 0)
+    if not 0 <= residence_ns <= rtt_ns * (1 + CLOCKS_DIFFER):
+        raise MessageError(f"{residence_ns} ns of a round trip of {rtt_ns} ns cannot have been the node's")
+    outcome.bs_received_ns = now_ns
+    outcome.node_received_ns, outcome.node_sent_ns = last.received_ns, last.sent_ns
+    outcome.node_queue_ns, outcome.node_dequantise_ns = last.queue_ns, last.dequantise_ns
+    outcome.node_compute_ns, outcome.node_padding_ns = last.compute_ns + last.padding_ns, last.padding_ns
+    outcome.node_quantise_ns = last.quantise_ns
+
+
+class EarlyEnd:
+    """The deadline of a round that ends soon after every token has had `k_min` answers, or all that it was sent for."""
+
+    def __init__(self, wanted: Deadline, dilation: float, blocks: Sequence[Block], tokens: int) -> None:
+        self._after_ns = int(wanted.after_s * dilation * 1e9)
+        self._outstanding_T = np.zeros(tokens, np.int64)
+        for block in blocks:
+            np.add.at(self._outstanding_T, block.token_R, 1)
+        self._missing_T = np.minimum(self._outstanding_T, wanted.k_min)
+
+    def deadline_ns(self, ended: Outcome, now_ns: int, before_ns: int) -> int:
+        """The deadline once this block is answered, or can be no more."""
+        if self._missing_T.max(initial=0) <= 0:
+            return before_ns
+        np.subtract.at(self._outstanding_T, ended.block.token_R, 1)
+        if ended.status is Status.ANSWERED:
+            np.subtract.at(self._missing_T, ended.block.token_R, 1)
+        np.minimum(self._missing_T, self._outstanding_T, out=self._missing_T)
+        return before_ns if self._missing_T.max() > 0 else min(before_ns, now_ns + self._after_ns)
 
 
 class Round:
@@ -107,6 +139,7 @@ class Round:
         self.transfers = {transfer.outcome.block.device: transfer for transfer in transfers}
         self.waiting = set(self.transfers)
         self.all_sent = False
+        self._ended: list[Outcome] = []
 
     def take(self, device: int, message: Credit | ReplyPart | Rejected, payload: memoryview, now_ns: int) -> bool:
         """A message of this round from a device. False where it belongs to another round (late, or never asked).
@@ -121,7 +154,7 @@ class Round:
         if isinstance(message, ReplyPart):
             if transfer.reply_part(message, payload):
                 transfer.complete(message, now_ns)
-                self.waiting.discard(device)
+                self._end(device)
         elif isinstance(message, Credit):
             transfer.credited(message)
         else:
@@ -131,8 +164,17 @@ class Round:
     def give_up(self, device: int, status: Status) -> None:
         """No reply will be waited for any more."""
         if device in self.waiting:
-            self.waiting.discard(device)
             self.transfers[device].outcome.status = status
+            self._end(device)
+
+    def _end(self, device: int) -> None:
+        self.waiting.discard(device)
+        self._ended.append(self.transfers[device].outcome)
+
+    def take_ended(self) -> list[Outcome]:
+        """What nobody waits for any more since the last call: answered, or given up."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def outcomes(self) -> list[Outcome]:
         return [transfer.outcome for transfer in self.transfers.values()]

@@ -32,6 +32,9 @@ OF_OUTCOME = (
     "node_compute_ns",
     "node_padding_ns",
     "node_quantise_ns",
+    "down_ns",
+    "up_ns",
+    "clock_bound_ns",
 )  # fmt: skip
 
 
@@ -114,7 +117,9 @@ class Rows:
         self._keep_scores = keep_scores
         self._nothing_C = np.array([-1 if name.endswith("_ns") else 0 for name in names], np.int64)
         self._table_DC = np.empty((devices, len(names)), np.int64)
-        self._column_of = {name: self._table_DC[:, place] for place, name in enumerate(names)}
+        self._offset_s_N = np.empty(devices)
+        self._column_of: dict[str, Any] = {name: self._table_DC[:, place] for place, name in enumerate(names)}
+        self._column_of["clock_offset_s"] = self._offset_s_N
 
     def of(self, done: Finished) -> tuple[dict[str, Any], dict[str, Any]]:
         """Columns of the tables `rounds` and `tokens`, valid until the next call."""
@@ -134,7 +139,10 @@ class Rows:
     def _fill(self, outcomes: Sequence[Outcome]) -> None:
         """Zero, or unknown for a time, for the devices that were sent nothing."""
         self._table_DC[:] = self._nothing_C
+        self._offset_s_N[:] = np.nan
         for outcome in outcomes:
+            if outcome.clock_offset_ns is not None:
+                self._offset_s_N[outcome.block.device] = outcome.clock_offset_ns / 1e9
             values = (outcome.status, outcome.block.rows, len(outcome.block.segments), *_OUTCOME_VALUES(outcome))
             self._table_DC[outcome.block.device] = [-1 if value is None else value for value in values]
 

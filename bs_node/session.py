@@ -7,17 +7,20 @@ from time import monotonic_ns
 
 import numpy as np
 
-from bs_node.blocks import Block, Outcome, group
-from bs_node.dispatcher import Dispatcher
+from bs_node.blocks import Block, Combiner, Float32, Outcome, group
+from bs_node.dispatcher import Dispatcher, ExchangeTimes, Watcher
+from bs_node.learning import Estimates, Learning
+from bs_node.probing import Prober
 from bs_node.registry import Node
+from bs_node.round import EarlyEnd
 from bs_node.rows import Finished, RoundTimes, Rows, orphaned
 from testbed.errors import ConfigError, OrphanedTokensError
-from testbed.latency.running_mean import RunningMean
 from testbed.policies.base import BoolArray, FloatArray, Policy, Routing, Selection, State
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase, Status
 
 FLUSH_EVERY_NS = 1_000_000_000
+ROWS_AT_JOIN = (1, 8)  # two sizes: one alone cannot tell a block's cost from its rows'
 
 
 class Session:
@@ -30,19 +33,20 @@ class Session:
         self,
         policy: Policy,
         dispatcher: Dispatcher,
-        estimator: RunningMean,
+        estimates: Estimates,
         nodes: Sequence[Node],
         *,
         recorder: Recorder | None = None,
         keep_scores: bool = True,
         fail_on_orphans: bool = False,
+        probe_after_s: float | None = None,
     ) -> None:
         self.policy, self.dispatcher = policy, dispatcher
         self.policy_index, self.prompt, self.phase = 0, 0, GenerationPhase.PREFILL
         self.rounds = 0
         self.on_round: Callable[[], None] = lambda: None  # progress
-        self._estimator, self._nodes, self._recorder = estimator, nodes, recorder
-        self._fail_on_orphans = fail_on_orphans
+        self._learning, self._nodes, self._recorder = Learning(estimates, nodes), nodes, recorder
+        self._fail_on_orphans, self._probe_after_s = fail_on_orphans, probe_after_s
         self._rows = Rows(len(nodes), keep_scores)
         self._flushed_ns = monotonic_ns()
         self._unwritten: Finished | None = None
@@ -50,8 +54,49 @@ class Session:
     def state(self) -> State:
         """What the policy may know now."""
         self.dispatcher.refresh()
+        for outcome in self.dispatcher.collect_late():
+            self._learning.answered(outcome)
         available_N = np.array([node.available for node in self._nodes])
-        return self._estimator.state(self.phase, available_N, monotonic_ns() / 1e9)
+        return self._learning.state(self.phase, available_N)
+
+    def exchange(
+        self, routing: Routing, state: State, selection: Selection, hidden_TD: Float32, combiner: Combiner
+    ) -> tuple[list[Outcome], ExchangeTimes]:
+        """Have the blocks computed; add up, learn, and write the round before, while replies still come."""
+
+        def answered(outcome: Outcome) -> None:
+            combiner.take(outcome)
+            self._learning.answered(outcome)
+
+        blocks, early_end = combiner.blocks, None
+        if selection.deadline is not None:
+            early_end = EarlyEnd(selection.deadline, self.dispatcher.dilation, blocks, len(hidden_TD))
+        if self._probe_after_s is not None:
+            self._probe_the_unused(routing, state, blocks, hidden_TD.shape[1])
+        watcher = Watcher(self.settle, answered)
+        return self.dispatcher.exchange(
+            self.rounds, routing.layer, hidden_TD, blocks, watcher=watcher, early_end=early_end
+        )
+
+    def probe_at_join(self, prober: Prober) -> None:
+        """A first idea of every device that is there: one row, then a few."""
+        there = [node.index for node in self._nodes if node.available]
+        for outcomes in prober.sweep(there, ROWS_AT_JOIN, repeats=1):
+            for outcome in outcomes:
+                self._learn(outcome)
+
+    def _learn(self, outcome: Outcome) -> None:
+        if outcome.status is Status.ANSWERED:
+            self._learning.answered(outcome)
+        else:
+            self._learning.missed(outcome)
+
+    def _probe_the_unused(self, routing: Routing, state: State, blocks: Sequence[Block], width: int) -> None:
+        """A device that the policy avoids would never show that it has recovered: ask it for a row now and then."""
+        asked = {block.device for block in blocks}
+        for device, node in enumerate(self._nodes):
+            if node.available and device not in asked and not state.age_s_N[device] < self._probe_after_s:
+                self.dispatcher.probe(device, routing.layer, int(routing.holds_NE[device].argmax()), width)
 
     def select(self, routing: Routing, state: State) -> Selection:
         """The policy's answer, once it is one that can be carried out. Raises ConfigError, naming the policy."""
@@ -79,11 +124,9 @@ class Session:
         times: RoundTimes,
     ) -> None:
         """Learn from a round and keep it for the log. Raises OrphanedTokensError where the run file asks for that."""
-        now_s = monotonic_ns() / 1e9
         for outcome in outcomes:
-            rtt_ns = outcome.rtt_ns
-            if outcome.status is Status.ANSWERED and rtt_ns is not None:
-                self._estimator.teach(outcome.block.device, self.phase, outcome.block.rows, rtt_ns / 1e9, now_s)
+            if outcome.output_RD is None:
+                self._learning.missed(outcome)
         if self._recorder is not None:
             keys = {
                 "round": self.rounds,
@@ -92,6 +135,7 @@ class Session:
                 "layer": routing.layer,
                 "phase": int(self.phase),
                 "attempt": 0,
+                "dilation": self.dispatcher.dilation,
                 "node_boot": [2**64 - 1 if node.boot_id is None else node.boot_id for node in self._nodes],
             }
             self._unwritten = Finished(keys, routing, state, selection, outcomes, arrived_TK, final_TK, times)

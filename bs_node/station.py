@@ -17,6 +17,7 @@ from bs_node.registry import Node, Registry
 from testbed.errors import MessageError, NodeError
 from testbed.wire.messages import (
     Credit,
+    Echo,
     Goodbye,
     Heartbeat,
     Hello,
@@ -102,10 +103,23 @@ class Station:
                 self._on_event("request_rejected", device=node.name, reason=message.reason)
             return Mail(node, message, frames[2].buffer if len(frames) > 2 else EMPTY, len(frames[1]))
         if isinstance(message, Heartbeat):
-            node.figures = message.figures
+            self._beat(node, message, now)
         else:
             node.busy_until_ns = now + message.estimate_ns
         return None
+
+    def _beat(self, node: Node, heartbeat: Heartbeat, now: int) -> None:
+        """Compare the clocks, and answer for the next comparison."""
+        node.figures = heartbeat.figures
+        try:
+            if heartbeat.echoed is None:
+                node.clock.one_way_up(heartbeat.sent_ns, now)
+            else:
+                node.clock.exchange(*heartbeat.echoed, heartbeat.sent_ns, now)
+        except ValueError as error:
+            self.broken(node, MessageError(str(error)))
+        if node.routing_id is not None:
+            self._post(node.routing_id, encode(Echo(time.monotonic_ns())))
 
     def _heard(self, node: Node, now: int) -> None:
         if node.silent:

@@ -18,11 +18,12 @@ from typing import NoReturn
 
 from jetson_node.experts import make_experts
 from jetson_node.link import Link
+from jetson_node.pacing import Pacing
 from jetson_node.telemetry import Telemetry
 from jetson_node.worker import Worker
 from testbed.checkpoint.manifest import Manifest, load_manifest, manifest_hash
 from testbed.errors import ConfigError, WdmoeError
-from testbed.latency.model import expert_flop_per_row
+from testbed.latency.model import ComputeModel
 from testbed.wire.keys import read_pair, read_public
 from testbed.wire.messages import PROTOCOL_VERSION, Hello
 from testbed.wire.sockets import NodeSocket
@@ -86,7 +87,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="compute type")
     p.add_argument("--threads", type=count, default=1, help="threads of the CPU backend (default 1)")
     p.add_argument("--part-bytes", type=count, default=65536, help="largest part of a reply (default 65536)")
-    p.add_argument("--emulated-flops-per-s", type=rate, help="pad compute to a device of this speed (Eq. 4)")
+    p.add_argument("--emulated-row-s", type=rate, help="pad compute to a device that takes so long for a row")
+    p.add_argument("--emulated-expert-s", type=seconds, default=0.0, help="... and at least so long to read an expert")
+    p.add_argument("--emulated-base-s", type=seconds, default=0.0, help="... after so long for the block itself")
+    p.add_argument("--pace-file", type=Path, help="a number in a file that multiplies the emulated time, live")
     p.add_argument("--join-timeout-s", type=seconds, default=30.0, help="give up when not taken in; 0 waits for ever")
     p.add_argument("--stop-with-parent", action="store_true", help="end when the process that started this one ends")
     return p
@@ -109,20 +113,20 @@ def _serve(args: argparse.Namespace, stop: Callable[[], bool]) -> None:
     manifest = load_manifest(args.shards)
     if args.name not in manifest.devices:
         raise ConfigError(f"--name {args.name}: not a device of {args.shards} (it has {', '.join(manifest.devices)})")
-    make_socket = _socket_maker(args)
+    make_socket, pacing = _socket_maker(args), _pacing(args)
     experts = make_experts(
         args.shards, manifest, args.name, backend=args.backend, dtype=args.dtype, threads=args.threads
     )
     experts.warm_up()
     gc.freeze()  # what is loaded stays: no collection needs to look at it again
     telemetry = Telemetry()
-    link = Link(make_socket, _hello(args, manifest), args.join_timeout_s)
+    link = Link(make_socket, _hello(args, manifest, pacing), args.join_timeout_s)
     worker = Worker(
         link,
         experts,
         figures=telemetry.figures,
         stop=stop,
-        emulated_s_per_row=_emulated_s_per_row(args.emulated_flops_per_s, manifest),
+        pacing=pacing,
         part_bytes=args.part_bytes,
     )
     try:
@@ -132,14 +136,14 @@ def _serve(args: argparse.Namespace, stop: Callable[[], bool]) -> None:
         telemetry.close()
 
 
-def _hello(args: argparse.Namespace, manifest: Manifest) -> Hello:
+def _hello(args: argparse.Namespace, manifest: Manifest, pacing: Pacing) -> Hello:
     return Hello(
         protocol=PROTOCOL_VERSION,
         device=args.name,
         boot_id=secrets.randbits(62),
         manifest_sha256=manifest_hash(manifest),
         experts_held=manifest.held_counts(args.name),
-        emulated_flops_per_s=args.emulated_flops_per_s,
+        emulated=pacing.told(),
     )
 
 
@@ -152,11 +156,10 @@ def _socket_maker(args: argparse.Namespace) -> Callable[[], NodeSocket]:
     return lambda: NodeSocket(args.station, keys, station_public)
 
 
-def _emulated_s_per_row(flops_per_s: float | None, manifest: Manifest) -> float:
-    if flops_per_s is None:
-        return 0.0
-    spec = manifest.layers[0].spec
-    return expert_flop_per_row(spec.width, spec.inner, spec.has_gate) / flops_per_s
+def _pacing(args: argparse.Namespace) -> Pacing:
+    if args.emulated_row_s is None:
+        return Pacing(None)
+    return Pacing(ComputeModel(args.emulated_base_s, args.emulated_expert_s, args.emulated_row_s), args.pace_file)
 
 
 def _stop_condition(with_parent: bool) -> Callable[[], bool]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from testbed.errors import MessageError, NodeError, RefusedError
 from testbed.wire.messages import (
+    Echo,
     Goodbye,
     Hello,
     HelloAgain,
@@ -46,6 +47,7 @@ class Link:
         self._socket = make_socket()
         self._welcomed = self._ever_welcomed = False
         self.over = False
+        self.echoed: tuple[int, int] | None = None
         self.heartbeat_ns, self.window_bytes = 500_000_000, 2**20
         self._deadline_ns = now_ns() + int(join_timeout_s * 1e9) if join_timeout_s > 0 else None
         self._next_hello_ns = self._next_heartbeat_ns = self._next_look_ns = now_ns()
@@ -108,12 +110,14 @@ class Link:
         self._on_own(message)
         return None
 
-    def _on_own(self, message: Welcome | HelloAgain | Refuse | Goodbye) -> None:
+    def _on_own(self, message: Welcome | HelloAgain | Refuse | Echo | Goodbye) -> None:
         now = self._now_ns()
         if isinstance(message, Welcome):
             self._welcomed = self._ever_welcomed = True
             self.heartbeat_ns, self.window_bytes = message.heartbeat_ns, message.window_bytes
             self._next_heartbeat_ns = now + message.heartbeat_ns
+        elif isinstance(message, Echo):
+            self.echoed = (message.sent_ns, now)
         elif isinstance(message, HelloAgain):
             self._welcomed, self._next_hello_ns = False, now
         elif isinstance(message, Refuse):

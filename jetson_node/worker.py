@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from jetson_node.experts import Experts
 from jetson_node.link import Link
+from jetson_node.pacing import Pacing
 from testbed.errors import MessageError
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import Announce, Credit, Heartbeat, Rejected, ReplyPart, RequestPart, encode
@@ -39,7 +40,7 @@ class ComputeTimes:
 class Worker:
     """Computes blocks for the base station at the other end of `link` until it says goodbye.
 
-    `emulated_s_per_row` pads the compute of every block to that many seconds per row, after the real work.
+    `pacing` says how long a block's compute must take at least: the worker sleeps after the real work.
     `stop` is asked between blocks; `figures` gives what a heartbeat reports.
     """
 
@@ -50,13 +51,13 @@ class Worker:
         *,
         figures: Figures,
         stop: Callable[[], bool],
-        emulated_s_per_row: float = 0.0,
+        pacing: Pacing | None = None,
         part_bytes: int = 65536,
         max_block_bytes: int = MAX_BLOCK_BYTES,
     ) -> None:
         self._link, self._experts = link, experts
         self._figures, self._stop = figures, stop
-        self._emulated_s_per_row = emulated_s_per_row
+        self._pacing = pacing or Pacing(None)
         self._part_bytes, self._max_block_bytes = part_bytes, max_block_bytes
         self._requests, self._quantised = KeptRows(np.float32), KeptRows(np.uint8)
         self._block: Assembler | None = None
@@ -69,7 +70,7 @@ class Worker:
         """Serve until goodbye, until `stop`, or until the base station refuses us (RefusedError)."""
         while not (self._stop() or self._link.over):
             if self._link.keep():
-                self._link.send(Heartbeat(time.monotonic_ns(), self._figures()))
+                self._link.send(Heartbeat(time.monotonic_ns(), self._figures(), self._link.echoed))
             received = self._link.receive()
             if received is None:
                 continue
@@ -106,12 +107,13 @@ class Worker:
             self._link.send(Credit(part.round, part.attempt, self._credited_bytes))
 
     def _serve(self, request: RequestPart, block: Assembler, received_ns: int, complete_ns: int) -> None:
-        self._announce(request)
+        emulated_s = self._pacing.seconds(request.rows, len(request.segments))
+        self._announce(request, emulated_s)
         started_ns = time.monotonic_ns()
         output_RD = self._experts.compute(request.layer, request.segments, block.block_RD)
         computed_ns = time.monotonic_ns()
         self._learn(request.rows, computed_ns - started_ns)
-        padding_ns = self._pad(request.rows, started_ns, computed_ns)
+        padding_ns = self._pad(emulated_s, started_ns, computed_ns)
         times = ComputeTimes(
             queue_ns=started_ns - complete_ns,  # parts before the last are dequantised while the others travel
             dequantise_ns=self._dequantise_ns,
@@ -120,9 +122,9 @@ class Worker:
         )
         self._reply(request, output_RD, received_ns, times)
 
-    def _announce(self, request: RequestPart) -> None:
+    def _announce(self, request: RequestPart, emulated_s: float) -> None:
         """Only a block that outlasts a heartbeat needs announcing; on a fast one it would cost more than it tells."""
-        estimate_ns = int(request.rows * max(self._row_ns, self._emulated_s_per_row * 1e9))
+        estimate_ns = int(max(request.rows * self._row_ns, emulated_s * 1e9))
         if self._row_ns == 0.0 or estimate_ns > self._link.heartbeat_ns:
             self._link.send(Announce(request.round, request.rows, estimate_ns))
 
@@ -130,9 +132,9 @@ class Worker:
         measured = compute_ns / rows
         self._row_ns = measured if self._row_ns == 0.0 else 0.8 * self._row_ns + 0.2 * measured
 
-    def _pad(self, rows: int, started_ns: int, computed_ns: int) -> int:
+    def _pad(self, emulated_s: float, started_ns: int, computed_ns: int) -> int:
         """Sleep until the emulated device would be done; 0 where the real work already took longer."""
-        due_ns = started_ns + int(rows * self._emulated_s_per_row * 1e9)
+        due_ns = started_ns + int(emulated_s * 1e9)
         if due_ns > computed_ns:
             time.sleep((due_ns - computed_ns) / 1e9)
             return time.monotonic_ns() - computed_ns
@@ -143,12 +145,12 @@ class Worker:
     ) -> None:
         scheme = SCHEMES[request.reply_scheme]
         quantise_started_ns = time.monotonic_ns()
-        rows_RB = quantise(output_RD, scheme, self._quantised)
+        rows_RB = quantise(output_RD, scheme, self._quantised, request.padded_width)
         sent_ns = time.monotonic_ns()
-        parts = part_count(request.rows, scheme.bytes_per_value * request.width, self._part_bytes)
+        parts = part_count(request.rows, scheme.bytes_per_value * request.padded_width, self._part_bytes)
         first = ReplyPart(
-            request.run, request.round, request.attempt, 0, parts, request.rows, request.width, scheme.name,
-            received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns, times.padding_ns,
+            request.run, request.round, request.attempt, 0, parts, request.rows, request.width, request.padded_width,
+            scheme.name, received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns, times.padding_ns,
             sent_ns - quantise_started_ns,
         )  # fmt: skip
         for number in range(parts):

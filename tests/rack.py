@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bs_node.dispatcher import Dispatcher, WirelessDispatcher, WireSettings
+from bs_node.dispatcher import Dispatcher
 from bs_node.registry import Registry
 from bs_node.session import Session
 from bs_node.station import Station
+from bs_node.wireless import WirelessDispatcher, WireSettings
 from testbed.checkpoint.manifest import Manifest, load_manifest
 from testbed.fleet.local import LocalFleet
-from testbed.latency.running_mean import RunningMean
+from testbed.latency.estimator import Estimator
 from testbed.policies.topk import TopK
 from testbed.wire.keys import enrolled_nodes, make_run_keys, read_pair
 from testbed.wire.sockets import AllowList, StationSocket
@@ -22,6 +23,7 @@ from testbed.wire.sockets import AllowList, StationSocket
 HOST = "127.0.0.1"
 JOIN_S = 60.0
 REPLY_S = 60.0
+SILENCE_S = 2.5  # as a run file has it unless it says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,13 @@ class Rack:
 
     def wireless(self, down: str = "fp32", up: str = "fp32", part_bytes: int = 65536) -> WirelessDispatcher:
         """A dispatcher over this rack's sockets. Of several, only one may be in a round."""
-        settings = WireSettings(down, up, part_bytes, window_bytes=2**20, reply_s=REPLY_S)
+        settings = WireSettings(down, up, part_bytes, window_bytes=2**20, padded_width=0, reply_s=REPLY_S)
         return WirelessDispatcher(self.station, settings, len(self.manifest.devices))
 
     def session(self, dispatcher: Dispatcher) -> Session:
         """Nothing is logged; policy and dispatcher may be exchanged between two rounds."""
         devices = len(self.manifest.devices)
-        return Session(TopK(), dispatcher, RunningMean(devices), self.station.registry.nodes)
+        return Session(TopK(), dispatcher, Estimator(devices, 4096, 4096), self.station.registry.nodes)
 
     def model(self, session: Session) -> Any:
         """The base station's part of the model in fp32, its experts wherever the session's dispatcher finds them."""
@@ -89,7 +91,7 @@ def base_station(manifest: Manifest, folder: Path) -> Iterator[Listening]:
 
     sockets = StationSocket(HOST, 0, read_pair(keys / "bs", "bs"), AllowList(enrolled))
     try:
-        registry = Registry(manifest, silence_ns=5_000_000_000)
+        registry = Registry(manifest, silence_ns=int(SILENCE_S * 1e9))
         every = {"heartbeat_ns": 500_000_000, "window_bytes": 2**20}
         station = Station(sockets, registry, run=1, enrolled=enrolled, on_event=on_event, **every)
         yield Listening(station, keys, sockets.port, events)

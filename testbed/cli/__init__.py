@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from testbed.cli import doctor, keys, node, run
+from testbed.cli import doctor, keys, node, probe, run
 from testbed.errors import WdmoeError
 
 INTERRUPTED = 130
@@ -22,6 +22,7 @@ app = typer.Typer(
     epilog="Example: testbed doctor configs/local.toml && testbed run configs/local.toml",
 )
 app.command("run", epilog=run.EXAMPLE)(run.command)
+app.command("probe", epilog=probe.EXAMPLE)(probe.command)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.command)
 app.command("keys", epilog=keys.EXAMPLE)(keys.command)
 app.command("node", context_settings=node.PASS_ALL_ON, add_help_option=False)(node.command)

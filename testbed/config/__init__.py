@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from testbed.config.emulation import EmulationSection, ThrottleSection
 from testbed.config.loading import load_run_file
+from testbed.config.radio import RadioSection
 from testbed.config.sections import (
     DeviceSection,
     EstimatorSection,
@@ -19,13 +21,16 @@ from testbed.config.sections import (
 
 __all__ = [
     "DeviceSection",
+    "EmulationSection",
     "EstimatorSection",
     "ListenSection",
     "LogSection",
     "ModelSection",
     "OnLossSection",
     "PolicySpec",
+    "RadioSection",
     "RunConfig",
+    "ThrottleSection",
     "TimeoutsSection",
     "WireSection",
     "WorkloadSection",

@@ -25,13 +25,16 @@ Key = tuple[int | str, ...]
 MAX_SHOWN = 60
 
 
-def load_run_file(path: Path) -> RunConfig:
-    """Read and check a run file (TOML).
+def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run file (TOML). Each override is KEY=VALUE: a dotted key, and a value as TOML writes it.
 
     Raises ConfigError, with the first thing that is wrong and how many more there are.
     """
     try:
-        return RunConfig.model_validate(_read_toml(path))
+        content = _read_toml(path)
+        for override in overrides:
+            _override(content, override)
+        return RunConfig.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_describe(error)}") from error
 
@@ -49,10 +52,43 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); name a run file (TOML)") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}; mend that line") from error
+    except ValueError as error:  # a number with thousands of digits
+        raise ConfigError(f"{path}: not valid TOML: {error!s:.80}; mend that value") from error
     except RecursionError:
         raise ConfigError(
             f"{path}: not valid TOML: nested too deeply; a run file has tables in tables, no more"
         ) from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Set one key of the file's content. Text needs no quotes. A list's entry is reached by its number."""
+    dotted, separator, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not separator or not all(keys) or not override.isprintable():
+        shown = override if override.isprintable() else repr(override[:60])
+        raise ConfigError(f"--set {shown}: write KEY=VALUE, such as radio.placement.seed=2")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # not TOML
+        parsed = {}
+    value = parsed["value"] if parsed.keys() == {"value"} else text.strip()
+    table: Any = content
+    for key in keys[:-1]:
+        try:
+            table = (
+                table[int(key) if key.isdecimal() else len(table)]
+                if isinstance(table, list)
+                else table.setdefault(key, {})
+            )
+        except IndexError:
+            raise ConfigError(f"--set {override}: there is no {key} in a list of {len(table)}") from None
+        if not isinstance(table, (dict, list)):
+            raise ConfigError(f"--set {override}: {key} is a value, not a table")
+    if isinstance(table, list):
+        raise ConfigError(
+            f"--set {override}: name a key of one of its entries, such as {dotted.rpartition('.')[0]}.0.KEY"
+        )
+    table[keys[-1]] = value
 
 
 def _describe(error: ValidationError) -> str:
@@ -80,7 +116,7 @@ def _what_is_wrong(problem: ErrorDetails) -> str:
     if kind in ("model_type", "dict_type"):
         return f"must be a table of keys, not {_shown(value)}"
     if kind == "path_type":
-        return f"must be a folder's path as text, not {_shown(value)}"
+        return f"must be a path as text, not {_shown(value)}"
     return f"{problem['msg'].replace('Input should be', 'must be')}, not {_shown(value)}"
 
 

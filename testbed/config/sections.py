@@ -10,15 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
-Scheme = Literal["int8", "fp16", "bf16", "fp32"]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-ExpertId = Annotated[int, Field(ge=0, le=65_535)]
-# TOML has lists and text where we keep tuples and paths; what is inside a list stays strict.
-ExpertIds = Annotated[tuple[ExpertId, ...], Field(strict=False)]
-Folder = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+from testbed.config.base import DeviceName, ExpertIds, Folder, Fraction, NotNegative, Positive, Scheme, Seconds, Section
+from testbed.config.emulation import EmulationSection, ThrottleSection
+from testbed.config.radio import Metres, RadioSection
 
 
 def _run_name(value: str) -> str:
@@ -27,15 +23,9 @@ def _run_name(value: str) -> str:
     return value
 
 
-def _device_name(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", value):
-        raise ValueError('must be small letters, digits or "-", at most 63')
-    return value
-
-
 def _policy_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        raise ValueError('must be "topk", "wlr" or, for one of your own, "package.module:Class"')
+        raise ValueError('must be "topk", "wlr", "drop_late" or, for one of your own, "package.module:Class"')
     return value
 
 
@@ -47,10 +37,6 @@ def _one_address(value: str) -> str:
     if address.is_unspecified:
         raise ValueError('would listen on every network of this machine; name one address, such as "127.0.0.1"')
     return value
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSection(Section):
@@ -93,9 +79,12 @@ class TimeoutsSection(Section):
 
 
 class DeviceSection(Section):
-    name: Annotated[str, AfterValidator(_device_name)]
-    # Compute is padded to the time that this rate would take; None = as fast as it is.
-    emulated_flops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    name: DeviceName
+    # Compute is padded to the time that a device of this speed would take; None = as fast as it is.
+    emulated_flops_per_s: Positive | None = None
+    emulated_memory_bytes_per_s: Positive | None = None  # for compute = "roofline"
+    emulated_base_s: NotNegative = 0.0  # ... what each of its blocks costs before the first row
+    distance_m: Metres | None = None  # from the base station, for [radio]
     backend: Literal["auto", "torch", "numpy"] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
 
@@ -138,6 +127,9 @@ class OnLossSection(Section):
 
 
 class EstimatorSection(Section):
+    # online: measured; static: Eq. 6 of the channel as it is at the start; oracle: of the channel as it is
+    estimates: Literal["online", "static", "oracle"] = "online"
+    probe_after_s: Seconds = 2.0  # a device unused for so long is sent a row between rounds
     memory_rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 32  # a device's older rounds fade beyond these many
 
 
@@ -174,6 +166,9 @@ class RunConfig(Section):
     devices: Annotated[tuple[DeviceSection, ...], Field(strict=False, alias="device")]
     policies: Annotated[tuple[PolicySpec, ...], Field(strict=False, alias="policy")]
     placement: dict[str, ExpertIds] | None = None  # device -> its experts in every layer; None = expert q on device q
+    throttles: Annotated[tuple[ThrottleSection, ...], Field(strict=False, alias="throttle")] = ()
+    radio: RadioSection | None = None
+    emulation: EmulationSection = EmulationSection()
     model: ModelSection = ModelSection()
     wire: WireSection = WireSection()
     timeouts: TimeoutsSection = TimeoutsSection()
@@ -204,6 +199,38 @@ class RunConfig(Section):
             if policy in policies[:i]:
                 raise ValueError(f'"{policy.name}" stands there twice with the same parameters; remove one')
         return policies
+
+    @model_validator(mode="after")
+    def _what_is_emulated_can_be(self) -> RunConfig:
+        names = [device.name for device in self.devices]
+        for i, throttle in enumerate(self.throttles):
+            if throttle.device not in names:
+                near = difflib.get_close_matches(throttle.device, names, n=1) or names
+                raise ValueError(f'throttle[{i}].device: no [[device]] "{throttle.device}"; did you mean "{near[0]}"?')
+        if self.radio is not None and self.fleet.start == "none":
+            raise ValueError('radio: nodes that are started elsewhere have real links; remove it, or start = "local"')
+        in_kernel = self.radio is not None and self.emulation.links == "namespaces"
+        if in_kernel and self.radio is not None and (self.radio.medium != "fdd" or self.radio.delay_s > 0):
+            raise ValueError('emulation.links: "namespaces" has neither delay_s nor a medium but "fdd"; use "relay"')
+        if self.radio is not None and self.radio.trace is None and self.radio.placement is None:
+            for device in self.devices:
+                if device.distance_m is None:
+                    raise ValueError(
+                        f'radio: device "{device.name}" needs distance_m, or all of them [radio.placement]'
+                    )
+        slow = [device for device in self.devices if device.emulated_flops_per_s is not None]
+        if self.emulation.compute == "roofline":
+            for device in slow:
+                if device.emulated_memory_bytes_per_s is None:
+                    raise ValueError(
+                        f'emulation.compute: "roofline" needs emulated_memory_bytes_per_s of {device.name}'
+                    )
+        if self.estimator.estimates != "online" and (self.radio is None or len(slow) < len(self.devices)):
+            raise ValueError(
+                f'estimator.estimates: "{self.estimator.estimates}" needs a [radio] and emulated_flops_per_s of every '
+                "device: what is not emulated is not known"
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_device_is_placed(self) -> RunConfig:

@@ -14,16 +14,18 @@ import torch
 from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from bs_node.dispatcher import WirelessDispatcher, WireSettings
+from bs_node.learning import Estimates
 from bs_node.model import load_bs_model
-from bs_node.registry import Registry
+from bs_node.probing import Prober
+from bs_node.registry import Node, Registry
 from bs_node.remote_experts import IMPLEMENTATION, attach
 from bs_node.session import Session
 from bs_node.station import Station
+from bs_node.wireless import WirelessDispatcher, WireSettings
 from testbed.checkpoint.manifest import Manifest
 from testbed.config import RunConfig
+from testbed.experiment.emulation import row_bytes
 from testbed.experiment.workload import Window, choose
-from testbed.latency.running_mean import RunningMean
 from testbed.policies.base import Policy
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase
@@ -45,11 +47,15 @@ class BaseStation:
         policy: Policy,
         *,
         enrolled: dict[str, str] | None,
+        begin_prompt: Callable[[int, int, bool], float],
+        estimates: Estimates,
     ) -> None:
+        """`begin_prompt(policy, prompt, continued)` is told before each prompt and answers with its dilation."""
         torch.set_num_threads(1)  # the nodes need the other cores
         torch.manual_seed(config.seed)
         timeouts, wire = config.timeouts, config.wire
-        self._config, self._recorder = config, recorder
+        self._config, self._manifest = config, manifest
+        self._recorder, self._begin_prompt = recorder, begin_prompt
         self._registry = Registry(manifest, int(timeouts.silence_s * 1e9))
         self._station = Station(
             sockets,
@@ -60,15 +66,17 @@ class BaseStation:
             window_bytes=wire.window_bytes,
             on_event=recorder.event,
         )
-        settings = WireSettings(wire.down, wire.up, wire.part_bytes, wire.window_bytes, timeouts.reply_s)
+        padded_width = config.emulation.as_if_width or 0
+        settings = WireSettings(wire.down, wire.up, wire.part_bytes, wire.window_bytes, padded_width, timeouts.reply_s)
         self.session = Session(
             policy,
             WirelessDispatcher(self._station, settings, len(manifest.devices)),
-            RunningMean(len(manifest.devices), config.estimator.memory_rounds),
+            estimates,
             self._registry.nodes,
             recorder=recorder,
             keep_scores=config.log.scores != "none",
             fail_on_orphans=config.on_loss.orphaned == "fail",
+            probe_after_s=config.estimator.probe_after_s if config.estimator.estimates == "online" else None,
         )
         self._model = load_bs_model(split_dir, manifest, config.model.dtype, IMPLEMENTATION)
         attach(self._model, manifest, self.session)
@@ -100,10 +108,32 @@ class BaseStation:
         self._station.wait_for_all(self._config.timeouts.join_s, still_possible)
         self._recorder.event("all_joined", after_s=time.monotonic() - started_s)
 
+    @property
+    def nodes(self) -> list[Node]:
+        return self._registry.nodes
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """What a row weighs on the wire, down and up."""
+        return row_bytes(self._config, self._manifest)
+
+    @property
+    def top_k(self) -> int:
+        return self._manifest.layers[0].top_k
+
+    def prober(self) -> Prober:
+        """Sends blocks to be measured to the experts of the first layer."""
+        layer = self._manifest.layers[0]
+        return Prober(self.session.dispatcher, layer.index, self._manifest.holds_NE(layer.index), layer.spec.width)
+
+    def begin(self, policy: int, prompt: int, *, continued: bool) -> None:
+        """Let channel and nodes become those of this prompt."""
+        self.session.prompt = prompt
+        self.session.dispatcher.dilation = self._begin_prompt(policy, prompt, continued)
+
     def emulated(self) -> dict[str, Any]:
         """What the nodes said of themselves when they joined."""
-        rates = {n.name: n.emulated_flops_per_s for n in self._registry.nodes if n.emulated_flops_per_s is not None}
-        return {"compute_flops_per_s": rates} if rates else {}
+        return {node.name: node.emulated for node in self._registry.nodes if node.emulated}
 
     @torch.inference_mode()
     def run_policy(self, index: int, policy: Policy, label: str, progress: Progress) -> None:
@@ -113,11 +143,11 @@ class BaseStation:
         try:
             for prompt, window in enumerate(self.workload.scored):
                 progress(label, prompt, total)
-                session.prompt = prompt
+                self.begin(index, prompt, continued=False)
                 self._score(index, prompt, window)
             for prompt, window in enumerate(self.workload.continued, start=len(self.workload.scored)):
                 progress(label, prompt, total)
-                session.prompt = prompt
+                self.begin(index, prompt, continued=True)
                 self._continue(index, prompt, window)
         finally:
             session.settle()  # also the round that ended the run

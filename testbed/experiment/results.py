@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from rich.table import Table
 
-from testbed.cli.output import table
+from testbed.experiment.emulated_time import (
+    EMULATED_ROUND,
+    OVERRUN_ABOVE,
+    OVERRUNS_ALLOWED,
+    eq8_sum_s,
+    overhead_of_rounds,
+    with_emulated_times,
+)
 from testbed.runlog.reader import read_events, read_manifest, read_table
 from testbed.runlog.schema import GenerationPhase, Status
 
@@ -31,6 +36,7 @@ class PolicyResult:
     prefill_block_p95_s: float
     prefill_block_sum_s: float
     prefill_cut: float  # 1 - sum of block times / the same sum under the first policy, over the same prompts
+    eq8_cut: float  # likewise of the paper's Eq. 8 with the true channel: every token waits for its own slowest device
     decode_rounds_p50_s: float  # the expert rounds of one token, all layers
     decode_rounds_p95_s: float
     decode_token_p50_s: float  # the same and the base station's own compute
@@ -45,6 +51,8 @@ class PolicyResult:
     lost: int  # requests whose node went away, refused or sent a broken reply
     orphaned: int  # tokens of a block without any expert's output
     orphaned_fraction: float
+    overhead_p50: float  # of a round: real time beyond the emulated one, as a share of that
+    overrun_fraction: float  # rounds in which that share is above 10 %
     valid: bool
 
 
@@ -73,64 +81,23 @@ class Results:
             "rows": [asdict(row) for row in self.rows],
         }
 
-    def table(self) -> Table:
-        """For people."""
-        title = f"Run {self.run}" + ("" if self.valid else f"  {INVALID}")
-        return table(title, [head for head, _ in COLUMNS], [[show(row) for _, show in COLUMNS] for row in self.rows])
-
-    def notes(self) -> list[str]:
-        """What one must know beside the table."""
-        emulated = "compute, padded to each device's FLOP/s of the run file" if self.emulated else "nothing"
-        return [
-            f"emulated: {emulated}; links: {self.links}; everything else measured",
-            "cut: of the sum of prefill block times, against topk on the same text",
-            f"log: {self.run_dir}",
-        ]
-
-
-INVALID = "INVALID: too many tokens lost all their experts"
-
-
-def _pair(low: float, high: float, unit: float = 1e3) -> str:
-    return f"{low * unit:.1f} / {high * unit:.1f}"
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def _name(row: PolicyResult) -> str:
-    settings = " ".join(f"{key}={value}" for key, value in row.params.items())
-    return f"{row.policy} {settings}".strip() + ("" if row.valid else " INVALID")
-
-
-COLUMNS: list[tuple[str, Callable[[PolicyResult], str]]] = [
-    ("policy", _name),
-    ("prefill\nms/block\np50 / p95", lambda r: _pair(r.prefill_block_p50_s, r.prefill_block_p95_s)),
-    ("\n\ncut", lambda r: _percent(r.prefill_cut)),
-    ("decode ms/token\nexpert rounds\np50 / p95", lambda r: _pair(r.decode_rounds_p50_s, r.decode_rounds_p95_s)),
-    ("decode ms/token\nand BS compute\np50 / p95", lambda r: _pair(r.decode_token_p50_s, r.decode_token_p95_s)),
-    ("\nper-\nplexity", lambda r: f"{r.perplexity:.3f}"),
-    ("next\ntoken\nright", lambda r: _percent(r.accuracy)),
-    ("\nexperts\nkept", lambda r: _percent(r.kept_fraction)),
-    ("gate\nmass\ndropped", lambda r: _percent(r.dropped_mass)),
-    ("MB\ndown\n/ up", lambda r: _pair(r.megabytes_down, r.megabytes_up, 1)),
-    ("late\n/ lost\n/ orphaned", lambda r: f"{r.late} / {r.lost} / {r.orphaned}"),
-]
-
 
 def summarise(run_dir: Path) -> Results:
     """Everything the table says, from the run's own log. Raises RunLogError where that is damaged."""
     manifest = read_manifest(run_dir)
     rounds, tokens, events = read_table(run_dir, "rounds"), read_table(run_dir, "tokens"), read_events(run_dir)
+    rounds = with_emulated_times(run_dir, rounds, manifest, events)
     invalid_above = float(manifest["config"]["on_loss"]["invalid_above"])
     rows: list[PolicyResult] = []
+    eq8_s: list[float] = []
     for index, spec in enumerate(manifest["config"]["policy"]):
         mine = [event for event in events if event.get("policy") == index]
         reference_s = rows[0].prefill_block_sum_s if rows else None
+        eq8_s.append(eq8_sum_s(_only(tokens, index), mine))
+        eq8_cut = 1 - eq8_s[-1] / eq8_s[0] if eq8_s[0] > 0 else math.nan
         row = _policy_result(
             spec, _only(rounds, index), _only(tokens, index), mine, len_layers=manifest["layers"],
-            reference_s=reference_s, invalid_above=invalid_above,
+            reference_s=reference_s, eq8_cut=eq8_cut, invalid_above=invalid_above,
         )  # fmt: skip
         rows.append(row)
     return Results(run_dir.name, run_dir, manifest["emulated"], manifest["links"], rows)
@@ -148,14 +115,19 @@ def _policy_result(
     *,
     len_layers: int,
     reference_s: float | None,
+    eq8_cut: float,
     invalid_above: float,
 ) -> PolicyResult:
     scored = [event for event in events if event["kind"] == "scored"]
     predicted = sum(event["tokens"] for event in scored)
     token_s = np.array([s for event in events if event["kind"] == "generated" for s in event["token_s"]])
     block_s = _round_s(rounds, GenerationPhase.PREFILL)
-    decode_s = _round_s(rounds, GenerationPhase.DECODE)
-    decode_rounds_s = decode_s.reshape(-1, len_layers).sum(axis=1)
+    decode_rounds_s = _round_s(rounds, GenerationPhase.DECODE).reshape(-1, len_layers).sum(axis=1)
+    real_rounds_s = _round_s(rounds, GenerationPhase.DECODE, "round_ns").reshape(-1, len_layers).sum(axis=1)
+    if len(token_s) == len(real_rounds_s):  # else a prompt of one token was a decoded one by its looks
+        token_s = token_s - real_rounds_s + decode_rounds_s  # the base station's own compute is not stretched
+    overhead = overhead_of_rounds(rounds)
+    overruns = float((overhead > OVERRUN_ABOVE).mean()) if len(overhead) else 0.0
     status = rounds["status"].to_numpy()
     orphaned = int(pc.sum(tokens["orphaned"]).as_py() or 0)
     orphaned_fraction = orphaned / max(1, tokens.num_rows)
@@ -166,6 +138,7 @@ def _policy_result(
         prefill_block_p50_s=_percentile(block_s, 50),
         prefill_block_p95_s=_percentile(block_s, 95),
         prefill_block_sum_s=float(block_s.sum()),
+        eq8_cut=eq8_cut,
         prefill_cut=1 - float(block_s.sum()) / reference_s if reference_s else 0.0 if len(block_s) else math.nan,
         decode_rounds_p50_s=_percentile(decode_rounds_s, 50),
         decode_rounds_p95_s=_percentile(decode_rounds_s, 95),
@@ -181,14 +154,16 @@ def _policy_result(
         lost=int(np.isin(status, (Status.LOST, Status.REJECTED, Status.INVALID)).sum()),
         orphaned=orphaned,
         orphaned_fraction=orphaned_fraction,
-        valid=orphaned_fraction <= invalid_above,
+        overhead_p50=_percentile(overhead, 50),
+        overrun_fraction=overruns,
+        valid=orphaned_fraction <= invalid_above and overruns <= OVERRUNS_ALLOWED,
     )
 
 
-def _round_s(rounds: pa.Table, phase: GenerationPhase) -> Floats:
+def _round_s(rounds: pa.Table, phase: GenerationPhase, column: str = EMULATED_ROUND) -> Floats:
     """Seconds of each expert round of a phase, once per round, in their order."""
     chosen = rounds.filter(pc.and_(pc.equal(rounds["phase"], int(phase)), pc.equal(rounds["device"], 0)))
-    seconds: Floats = chosen["round_ns"].to_numpy() / 1e9
+    seconds: Floats = chosen[column].to_numpy() / 1e9
     return seconds
 
 

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import MappingProxyType
 
+from testbed.channel.kernel import enter
 from testbed.errors import NodeError
 
 PRELOADED = ["jetson_node.__main__", "jetson_node.torch_experts", "testbed.wire.quantization"]
@@ -26,6 +28,11 @@ RESTART_AFTER_S = 1.0
 RESTART_AT_MOST_S = 30.0
 HEALTHY_AFTER_S = 10.0
 WATCH_EVERY_S = 0.1
+
+
+def prepare_fork_server() -> None:
+    """Say what it loads. To be called before whatever starts the first process: it cannot be told later."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 
 @contextmanager
@@ -50,11 +57,13 @@ def _interrupts_wait() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _node_process(argv: Sequence[str], output: str) -> None:
+def _node_process(argv: Sequence[str], output: str, namespace: str | None) -> None:
     """In the child: everything it prints goes to its own file."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if namespace is not None:
+        enter(namespace)
     from jetson_node.__main__ import main  # noqa: PLC0415 - loaded in the fork server already
 
     sys.exit(main(argv))
@@ -63,8 +72,8 @@ def _node_process(argv: Sequence[str], output: str) -> None:
 class LocalNode:
     """One node process and its successors."""
 
-    def __init__(self, name: str, argv: Sequence[str], output: Path) -> None:
-        self.name, self.output = name, output
+    def __init__(self, name: str, argv: Sequence[str], output: Path, namespace: str | None) -> None:
+        self.name, self.output, self._namespace = name, output, namespace
         self._argv = argv
         self.process: ForkServerProcess | None = None
         self.started_s = 0.0
@@ -73,7 +82,7 @@ class LocalNode:
 
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        arguments = (self._argv, str(self.output))
+        arguments = (self._argv, str(self.output), self._namespace)
         process = context.Process(target=_node_process, args=arguments, name=self.name, daemon=True)
         process.start()
         self.process, self.started_s, self.restart_at_s = process, time.monotonic(), None
@@ -96,17 +105,26 @@ class LocalFleet:
     """Starts the nodes, starts a dead one again, stops them all. Use as a context manager.
 
     `argv_of` maps a device's name to its command line. `on_event(kind, **facts)` hears of deaths and restarts.
+    `namespaces` maps a device's name to the network namespace that it runs in, where it has one of its own.
     """
 
-    def __init__(self, argv_of: Mapping[str, Sequence[str]], outputs: Path, on_event: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        argv_of: Mapping[str, Sequence[str]],
+        outputs: Path,
+        on_event: Callable[..., None],
+        namespaces: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         outputs.mkdir(parents=True, exist_ok=True)
-        self.nodes = [LocalNode(name, argv, outputs / f"{name}.log") for name, argv in argv_of.items()]
+        self.nodes = [
+            LocalNode(name, argv, outputs / f"{name}.log", namespaces.get(name)) for name, argv in argv_of.items()
+        ]
         self._on_event = on_event
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="fleet-watcher", daemon=True)
 
     def __enter__(self) -> LocalFleet:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        prepare_fork_server()
         try:
             with _interrupts_wait():
                 for node in self.nodes:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import psutil
 
+from testbed.channel.kernel import missing
 from testbed.config import RunConfig
 from testbed.health.machine import Level, Verdict
 from testbed.policies.loading import label, make_policy
@@ -89,10 +90,20 @@ def open_files(config: RunConfig) -> Verdict:
     return "ok", f"at most {limit}, about {needed} needed"
 
 
+def links(config: RunConfig) -> Verdict:
+    if config.radio is None:
+        return "ok", "as they are"
+    if config.emulation.links == "relay":
+        return "ok", "emulated by a TCP relay"
+    reason = missing()
+    return ("ok", "emulated by the kernel") if reason is None else ("problem", reason)
+
+
 RUN_CHECKS: dict[str, Callable[[RunConfig], Verdict]] = {
     "model": model,
     "policies": policies,
     "listen": listen,
+    "links": links,
     "log folder": disk,
     "memory": memory,
     "cores": cores,

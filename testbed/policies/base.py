@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,13 @@ class State:
         return np.where(rows_N > 0, cost, 0.0)
 
 
+class Deadline(NamedTuple):
+    """When to stop waiting: `after_s` after every token has `k_min` answers. What is not there then counts as late."""
+
+    k_min: int
+    after_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """Which pairs (token, expert) are computed, where, and with which weight."""
@@ -55,6 +62,7 @@ class Selection:
     device_TK: IntArray  # DROPPED (-1) for a pair that is not sent
     weight_TK: FloatArray  # 0 for a dropped pair; the survivors of a token keep the gate's sum
     bandwidth_share_N: FloatArray | None = None
+    deadline: Deadline | None = None
 
 
 @runtime_checkable

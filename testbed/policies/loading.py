@@ -13,10 +13,11 @@ from typing import Any, cast
 
 from testbed.errors import ConfigError
 from testbed.policies.base import Policy
+from testbed.policies.drop_late import DropLate
 from testbed.policies.topk import TopK
 from testbed.policies.wlr import WLR
 
-BUILT_IN: Mapping[str, Callable[..., Policy]] = {"topk": TopK, "wlr": WLR}
+BUILT_IN: Mapping[str, Callable[..., Policy]] = {"topk": TopK, "wlr": WLR, "drop_late": DropLate}
 SYMBOLS = {"theta": "θ"}
 
 

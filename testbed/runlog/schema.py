@@ -68,12 +68,14 @@ PHASES = (
     RoundPhase("BS", "group", "group_ns"),
     RoundPhase("BS", "quantise", "quantise_ns"),
     RoundPhase("BS", "send", "send_ns"),
-    RoundPhase("link", "down", None, "a one-way time needs the offset between two clocks"),
+    RoundPhase(
+        "link", "down", "down_ns", "one way: needs the offset between two clocks, wrong by clock_bound_ns at most"
+    ),
     RoundPhase("node", "queue", "node_queue_ns"),
     RoundPhase("node", "dequantise", "node_dequantise_ns"),
     RoundPhase("node", "compute", "node_compute_ns"),
     RoundPhase("node", "quantise", "node_quantise_ns"),
-    RoundPhase("link", "up", None, "a one-way time needs the offset between two clocks"),
+    RoundPhase("link", "up", "up_ns", "likewise"),
     RoundPhase("BS", "wait", "wait_ns"),
     RoundPhase("BS", "dequantise", "dequantise_ns"),
     RoundPhase("BS", "combine", "combine_ns"),
@@ -129,6 +131,9 @@ ROUND_COLUMNS = (
     Column(
         "node_boot", "<u8", "", "measured", "boot id of the node's process; null before it first joined", nullable=True
     ),
+    Column(
+        "dilation", "<f4", "", "emulated", "emulated time was stretched by this: divide times by it, not the BS's own"
+    ),
     Column("tokens", "<u4", "tokens", "measured", "T of the round"),
     Column("rows", "<u4", "rows", "measured", "pairs (token, expert) sent to the device"),
     Column("experts_touched", "<u2", "experts", "measured", "distinct experts among these rows"),
@@ -156,6 +161,10 @@ ROUND_COLUMNS = (
     _duration("node_compute_ns", "expert FFN, device synchronised, padding included"),
     _duration("node_padding_ns", "time added to the compute to match a slower device", kind="emulated"),
     _duration("node_quantise_ns", "results quantised at the node"),
+    _duration("down_ns", "first part handed to the socket until the last was read at the node", kind="inferred"),
+    _duration("up_ns", "reply handed to the socket until its last part was read at the BS", kind="inferred"),
+    _seconds("clock_offset_s", "the node's clock minus the BS's, as far as messages tell"),
+    _duration("clock_bound_ns", "the most by which the offset and the one-way times can be wrong", kind="inferred"),
     _seconds("state_token_s", "what the policy saw: time of one token alone on the device (Eq. 6)"),
     Column("state_available", "?", "", "measured", "what the policy saw: the device could be chosen"),
     _seconds("state_age_s", "what the policy saw: time since the estimate was last taught", kind="measured"),

@@ -14,12 +14,12 @@ class KeptRows(Generic[Value]):
     """Room for one block. It grows to the largest that it has seen."""
 
     def __init__(self, dtype: type[Value]) -> None:
-        self._flat: NDArray[Value] = np.empty(0, dtype)
+        self._flat: NDArray[Value] = np.zeros(0, dtype)
 
     def take(self, rows: int, width: int) -> NDArray[Value]:
         """Rows to write to, C-contiguous; what was taken before is no longer valid."""
         size = rows * width
         if self._flat.size < size:
-            self._flat = np.empty(size, self._flat.dtype)
+            self._flat = np.zeros(size, self._flat.dtype)  # what travels as filler is never another program's memory
         taken: NDArray[Any] = self._flat[:size].reshape(rows, width)
         return taken

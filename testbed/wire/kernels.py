@@ -66,7 +66,7 @@ def encode_int8(hidden_RD: NDArray[np.float32], largest: float, out_RB: NDArray[
         for byte in range(SCALE_BYTES):
             out_RB[row, byte] = np.uint8(as_bits(scale) >> np.uint32(8 * byte))
         value_D = out_RB[row, SCALE_BYTES:].view(np.int8)
-        for column in range(value_D.size):
+        for column in range(hidden_RD.shape[1]):
             value_D[column] = np.int8(np.rint(hidden_RD[row, column] * steps))
     return NO_ROW
 
@@ -111,6 +111,17 @@ def check_fp32(hidden_RD: NDArray[np.float32], largest: float) -> int:
     return NO_ROW
 
 
+@native(read(types.float32, 2), types.float64, write(types.float32, 2))
+def encode_fp32(hidden_RD: NDArray[np.float32], largest: float, out_RD: NDArray[np.float32]) -> int:
+    bits_RD = hidden_RD.view(np.uint32)
+    for row in range(hidden_RD.shape[0]):
+        if max_magnitude(bits_RD[row]) > as_bits(largest):
+            return row
+        for column in range(hidden_RD.shape[1]):
+            out_RD[row, column] = hidden_RD[row, column]
+    return NO_ROW
+
+
 @native(read(types.uint8, 2), write(types.float32, 2))
 def decode_int8(payload_RB: NDArray[np.uint8], out_RD: NDArray[np.float32]) -> int:
     for row in range(payload_RB.shape[0]):
@@ -120,7 +131,7 @@ def decode_int8(payload_RB: NDArray[np.uint8], out_RD: NDArray[np.float32]) -> i
         if bits >= SCALE_BOUND_BITS:  # a negative one too: its sign is the highest bit
             return row
         value_D = payload_RB[row, SCALE_BYTES:].view(np.int8)
-        for column in range(value_D.size):
+        for column in range(out_RD.shape[1]):
             out_RD[row, column] = np.float32(value_D[column]) * as_float(bits)
     return NO_ROW
 
@@ -130,7 +141,7 @@ def decode_fp16(values_RD: NDArray[np.uint16], out_RD: NDArray[np.float32]) -> i
     """Multiplying by 2**112 moves the exponent's bias from 15 to 127, exactly, for subnormal halves too."""
     for row in range(values_RD.shape[0]):
         largest = np.uint32(0)
-        for column in range(values_RD.shape[1]):
+        for column in range(out_RD.shape[1]):
             bits = np.uint32(values_RD[row, column])
             magnitude = np.uint32(bits & np.uint32(0x7FFF))
             largest = max(largest, magnitude)
@@ -146,7 +157,7 @@ def decode_fp16(values_RD: NDArray[np.uint16], out_RD: NDArray[np.float32]) -> i
 def decode_bf16(values_RD: NDArray[np.uint16], out_RD: NDArray[np.float32]) -> int:
     for row in range(values_RD.shape[0]):
         largest = np.uint32(0)
-        for column in range(values_RD.shape[1]):
+        for column in range(out_RD.shape[1]):
             bits = np.uint32(np.uint32(values_RD[row, column]) << np.uint32(16))
             largest = max(largest, np.uint32(bits & MAGNITUDE))
             out_RD[row, column] = as_float(bits)
@@ -159,7 +170,7 @@ def decode_bf16(values_RD: NDArray[np.uint16], out_RD: NDArray[np.float32]) -> i
 def decode_fp32(values_RD: NDArray[np.float32], out_RD: NDArray[np.float32]) -> int:
     for row in range(values_RD.shape[0]):
         largest = np.uint32(0)
-        for column in range(values_RD.shape[1]):
+        for column in range(out_RD.shape[1]):
             value = values_RD[row, column]
             largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
             out_RD[row, column] = value

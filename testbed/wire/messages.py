@@ -5,7 +5,7 @@ A message is one msgpack header of at most 4 KiB and, for parts of a block, one 
 lengths are checked while it is parsed (msgspec), before anything is allocated for them.
 
     node -> BS    Hello  Heartbeat  Announce  Credit  ReplyPart  Rejected
-    BS -> node    Welcome  HelloAgain  Refuse  RequestPart  Goodbye
+    BS -> node    Welcome  HelloAgain  Refuse  RequestPart  Echo  Goodbye
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Hello(Message, frozen=True, tag=0):
     boot_id: U64  # drawn at process start: a restarted node is a new one
     manifest_sha256: Text
     experts_held: Held
-    emulated_flops_per_s: float | None  # compute is padded to this; None: as fast as it is
+    emulated: Figures  # what its compute is padded to; empty: as fast as it is
 
     def __post_init__(self) -> None:
-        require_finite(self.emulated_flops_per_s)
+        require_finite(*self.emulated.values())
 
 
 class Heartbeat(Message, frozen=True, tag=1):
@@ -62,6 +62,7 @@ class Heartbeat(Message, frozen=True, tag=1):
 
     sent_ns: U64  # the node's monotonic clock
     figures: Figures
+    echoed: tuple[U64, U64] | None = None  # the last echo: BS's clock when it was sent, ours when it was read
 
     def __post_init__(self) -> None:
         require_finite(*self.figures.values())
@@ -94,6 +95,7 @@ class RequestPart(Message, frozen=True, tag=3):
     parts: Count
     rows: RowCount
     width: Width
+    padded_width: Width  # rows are filled up to this many values on the wire, to weigh what a wider model's would
     scheme: SchemeName
     reply_scheme: SchemeName
     segments: Segments
@@ -109,6 +111,7 @@ class ReplyPart(Message, frozen=True, tag=4):
     parts: Count
     rows: RowCount
     width: Width
+    padded_width: Width
     scheme: SchemeName
     received_ns: U64  # the node's monotonic clock when the last part of the request was read
     sent_ns: U64  # ... when the first part of the reply was handed to the socket
@@ -145,6 +148,12 @@ class Refuse(Message, frozen=True, tag=2):
     reason: Text
 
 
+class Echo(Message, frozen=True, tag=5):
+    """Answers a heartbeat at once, so that the two clocks can be compared by the smallest of messages."""
+
+    sent_ns: U64  # the base station's monotonic clock
+
+
 class Goodbye(Message, frozen=True, tag=4):
     """The run is over."""
 
@@ -152,7 +161,7 @@ class Goodbye(Message, frozen=True, tag=4):
 M = TypeVar("M")
 
 FromNode = Hello | Heartbeat | Announce | Credit | ReplyPart | Rejected
-FromBaseStation = Welcome | HelloAgain | Refuse | RequestPart | Goodbye
+FromBaseStation = Welcome | HelloAgain | Refuse | RequestPart | Goodbye | Echo
 
 _ENCODER = msgspec.msgpack.Encoder()
 _FROM_NODE: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)

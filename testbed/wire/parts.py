@@ -45,12 +45,14 @@ class Assembler:
     ) -> None:
         if first.rows * first.width * 4 > max_bytes:
             raise MessageError(f"block of {first.rows} x {first.width} values is above the limit of {max_bytes} bytes")
+        if first.padded_width < first.width:
+            raise MessageError(f"rows of {first.width} values cannot be filled up to {first.padded_width}")
         if part_rows(first.rows, first.parts, first.parts - 1).start >= first.rows:
             raise MessageError(f"{first.rows} rows do not travel in {first.parts} parts")
         self._first = first
         self._scheme = SCHEMES[first.scheme]
         self.block_RD = room.take(first.rows, first.width)
-        self.payload_bytes, self.total_bytes = 0, self._scheme.payload_bytes(first.rows, first.width)
+        self.payload_bytes, self.total_bytes = 0, self._scheme.payload_bytes(first.rows, first.padded_width)
         self._arrived, self._missing = bytearray(first.parts), first.parts
 
     def add(self, part: RequestPart | ReplyPart, payload: bytes | memoryview) -> bool:
@@ -61,7 +63,8 @@ class Assembler:
         if number >= first.parts or self._arrived[number]:
             raise MessageError(f"part {number} of {first.parts} came twice or does not exist")
         place = part_rows(first.rows, first.parts, number)
-        dequantise(payload, place.stop - place.start, first.width, self._scheme, self.block_RD[place])
+        count, block_RD = place.stop - place.start, self.block_RD[place]
+        dequantise(payload, count, first.width, self._scheme, block_RD, first.padded_width)
         self._arrived[number] = 1
         self._missing -= 1
         self.payload_bytes += len(payload)

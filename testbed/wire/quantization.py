@@ -68,18 +68,18 @@ def scheme_named(name: str) -> Scheme:
 
 
 def quantise(
-    hidden_TD: NDArray[np.float32], scheme: Scheme, room: KeptRows[np.uint8] | None = None
+    hidden_TD: NDArray[np.float32], scheme: Scheme, room: KeptRows[np.uint8] | None = None, padded_width: int = 0
 ) -> NDArray[np.uint8]:
     """A C-contiguous block as it will travel: rows_TB, written into `room` if given.
 
-    fp32 is passed on without a copy. Raises MessageError, naming the row, at a NaN, an infinity or a magnitude above
-    `scheme.largest`.
+    Rows are filled up to `padded_width` values. fp32 that need not be is passed on without a copy. Raises
+    MessageError, naming the row, at a NaN, an infinity or a magnitude above `scheme.largest`.
     """
     rows, width = hidden_TD.shape
-    if scheme.name == "fp32":
+    if scheme.name == "fp32" and padded_width <= width:
         rows_TB = hidden_TD.view(np.uint8)
     else:
-        rows_TB = (room or KeptRows(np.uint8)).take(rows, scheme.row_bytes(width))
+        rows_TB = (room or KeptRows(np.uint8)).take(rows, scheme.row_bytes(max(width, padded_width)))
     refused = _encode(hidden_TD, scheme, rows_TB)
     if refused != kernels.NO_ROW:
         raise MessageError(
@@ -97,31 +97,42 @@ def _encode(hidden_TD: NDArray[np.float32], scheme: Scheme, out_TB: NDArray[np.u
         return kernels.encode_fp16(hidden_TD, scheme.largest, out_TB.view(np.uint16))
     if scheme.name == "bf16":
         return kernels.encode_bf16(hidden_TD, scheme.largest, out_TB.view(np.uint16))
-    return kernels.check_fp32(hidden_TD, scheme.largest)
+    if out_TB.shape[1] == hidden_TD.shape[1] * scheme.bytes_per_value:
+        return kernels.check_fp32(hidden_TD, scheme.largest)
+    return kernels.encode_fp32(hidden_TD, scheme.largest, out_TB.view(np.float32))
 
 
-def dequantise(payload: bytes | memoryview, rows: int, width: int, scheme: Scheme, out_RD: NDArray[np.float32]) -> None:
+def dequantise(
+    payload: bytes | memoryview,
+    rows: int,
+    width: int,
+    scheme: Scheme,
+    out_RD: NDArray[np.float32],
+    padded_width: int = 0,
+) -> None:
     """Decode a payload, at any address and read-only or not, into `out_RD` (rows x width, C-contiguous).
 
-    Raises MessageError if its length differs, a scale is negative, not finite or would overflow, or a value is not
-    finite; `out_RD` is then partly written. Raises ValueError if `out_RD` has another shape.
+    Its rows may have been filled up to `padded_width` values. Raises MessageError if its length
+    differs, a scale is negative, not finite or would overflow, or a value is not finite; `out_RD` is then partly
+    written. Raises ValueError if `out_RD` has another shape.
     """
-    if len(payload) != scheme.payload_bytes(rows, width):
+    on_wire = max(width, padded_width)
+    if len(payload) != scheme.payload_bytes(rows, on_wire):
         raise MessageError(
-            f"payload of {len(payload)} bytes cannot be {rows} {scheme.name} rows of width {width}, which take "
-            f"{scheme.payload_bytes(rows, width)}"
+            f"payload of {len(payload)} bytes cannot be {rows} {scheme.name} rows of width {on_wire}, which take "
+            f"{scheme.payload_bytes(rows, on_wire)}"
         )
     if out_RD.shape != (rows, width):
         raise ValueError(f"{rows} rows of width {width} do not fit an array of shape {out_RD.shape}")
-    refused = _decode(payload, scheme, out_RD)
+    refused = _decode(payload, scheme, on_wire, out_RD)
     if refused != kernels.NO_ROW:
         wrong = "a scale out of range" if scheme.has_scales else "a value that is not finite"
         raise MessageError(f"{scheme.name} payload has {wrong} in row {refused} of {rows}")
 
 
-def _decode(payload: bytes | memoryview, scheme: Scheme, out_RD: NDArray[np.float32]) -> int:
+def _decode(payload: bytes | memoryview, scheme: Scheme, width: int, out_RD: NDArray[np.float32]) -> int:
     """The first row that is refused, or NO_ROW."""
-    rows, width = out_RD.shape
+    rows = len(out_RD)
     if scheme.name == "int8":
         return kernels.decode_int8(np.frombuffer(payload, np.uint8).reshape(rows, scheme.row_bytes(width)), out_RD)
     if scheme.name == "fp16":

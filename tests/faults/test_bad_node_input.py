@@ -73,7 +73,7 @@ def test_a_node_with_another_split_is_told_so(listening: Listening, tmp_path: Pa
 def test_a_node_of_another_protocol_version_is_told_both_versions(
     listening: Listening, manifest: Manifest, tmp_path: Path
 ) -> None:
-    hello = Hello(PROTOCOL_VERSION + 1, NODE, 1, manifest_hash(manifest), manifest.held_counts(NODE), None)
+    hello = Hello(PROTOCOL_VERSION + 1, NODE, 1, manifest_hash(manifest), manifest.held_counts(NODE), {})
     keys = listening.keys / NODE
     node = NodeSocket(f"tcp://127.0.0.1:{listening.port}", read_pair(keys, NODE), read_public(keys / "bs.pub"))
     try:
@@ -137,7 +137,7 @@ def test_a_secret_key_that_others_can_read_is_not_used(listening: Listening, tmp
         (["--station", "tcp://127.0.0.1:70000"], 2, "--station: tcp://127.0.0.1:70000"),
         (["--station", "tcp://127.0.0.1:1", "--join-timeout-s", "0.5"], 5, "is it running, and is this its address?"),
         (["--threads", "0"], 2, "--threads: 0 is not a whole number above 0"),
-        (["--emulated-flops-per-s", "0"], 2, "--emulated-flops-per-s: 0 is not above 0"),
+        (["--emulated-row-s", "0"], 2, "--emulated-row-s: 0 is not above 0"),
         (["--join-timeout-s", "soon"], 2, "--join-timeout-s: soon is not a number from 0 up"),
         (["--nmae", "near"], 2, "--nmae"),
     ],

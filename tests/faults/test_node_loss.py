@@ -37,7 +37,7 @@ generate_prompts = 0
 [on_loss]
 orphaned = "{orphaned}"
 """
-FAST, SLOW = "", "emulated_flops_per_s = 5e7"  # about 9 ms per row of the demo model
+FAST, SLOW = "", "emulated_flops_per_s = 2.5e8"  # about 9 ms per row of the demo model, stretched five times
 UNREAD_BYTES = 700
 VICTIM, VICTIM_NAME = 1, "jetson-1"
 

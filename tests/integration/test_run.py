@@ -35,7 +35,7 @@ score_prompts = 40
 score_tokens = 16
 generate_prompts = 0
 """
-SLOW = "emulated_flops_per_s = 5e7"  # about 9 ms per row of the demo model
+SLOW = "emulated_flops_per_s = 2.5e8"  # about 9 ms per row of the demo model, stretched five times
 WLR = 'name = "wlr"\ntheta = 0.2'
 LAYERS, DEVICES = 4, 8
 KEYS_OF_A_ROW = {

@@ -113,13 +113,20 @@ def test_run_hands_its_options_on_and_prints_the_table(
 
     def run_experiment(config: object, **options: object) -> SimpleNamespace:
         asked.update(options, config=config)
-        table = output.table("Results", ["policy", "perplexity"], [["topk", "3.14"]])
-        return SimpleNamespace(table=lambda: table, notes=lambda: ["log: x"], document=lambda: {"rows": [float("nan")]})
+        return SimpleNamespace(perplexity="3.14", document=lambda: {"rows": [float("nan")]})
+
+    def results_table(results: SimpleNamespace) -> object:
+        return output.table("Results", ["policy", "perplexity"], [["topk", results.perplexity]])
 
     stand_in(monkeypatch, "testbed.experiment.run", run_experiment=run_experiment)
+    stand_in(
+        monkeypatch, "testbed.experiment.table", results_table=results_table, results_notes=lambda _: ["log: [x]/y"]
+    )
     assert main(["run", str(run_file), "--out", str(tmp_path / "log"), "--insecure"]) == 0
     assert (asked["config_path"], asked["out"], asked["insecure"]) == (run_file, tmp_path / "log", True)
-    assert "3.14" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3.14" in told
+    assert "log: " in told
     assert main(["run", str(run_file), "--json"]) == 0
     assert (asked["out"], asked["insecure"]) == (None, False)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": [None]}

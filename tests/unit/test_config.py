@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -14,23 +15,37 @@ from testbed.errors import ConfigError
 from testbed.latency.model import expert_flop_per_row
 from testbed.paths import cache_directory, runtime_directory
 
-LOCAL = Path(__file__).parents[2] / "configs" / "local.toml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+LOCAL = CONFIGS / "local.toml"
 DEVICE = '[[device]]\nname = "jetson-0"\n'
 TOPK = '[[policy]]\nname = "topk"\n'
 LEAST = f'name = "small"\n{DEVICE}{TOPK}'
-SECTIONS = ["model", "wire", "timeouts", "workload", "on_loss", "estimator", "log", "listen"]
+PLACED = "[radio]\n[radio.placement]\n"
+SECTIONS = [
+    "model", "wire", "timeouts", "workload", "on_loss", "estimator", "log", "listen", "fleet", "radio", "emulation",
+]  # fmt: skip
 
 
-def load(folder: Path, text: str) -> RunConfig:
+def load(folder: Path, text: str, *overrides: str) -> RunConfig:
     file = folder / "run.toml"
     file.write_text(text)
-    return load_run_file(file)
+    return load_run_file(file, overrides)
 
 
-def refusal(folder: Path, text: str) -> str:
+def with_devices(*more: str) -> str:
+    """Devices jetson-0, jetson-1, ..., each with these lines besides its name."""
+    devices = "".join(f'[[device]]\nname = "jetson-{n}"\n{lines}\n' for n, lines in enumerate(more))
+    return f'name = "small"\n{devices}{TOPK}'
+
+
+def throttled(device: str) -> str:
+    return f'[[throttle]]\ndevice = "{device}"\nfrom_prompt = 0\nuntil_prompt = 1\n'
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
     """The one line that a run file is refused with, without the file's name."""
     with pytest.raises(ConfigError) as caught:
-        load(folder, text)
+        load(folder, text, *overrides)
     line = str(caught.value)
     assert len(line.splitlines()) == 1
     assert line.startswith(f"{folder / 'run.toml'}: ")
@@ -42,14 +57,30 @@ def test_the_shipped_run_file_has_eight_unequal_devices_and_four_policies() -> N
     rates = [device.emulated_flops_per_s or 0.0 for device in config.devices]
     assert [device.name for device in config.devices] == [f"jetson-{n}" for n in range(8)]
     assert rates == sorted(set(rates), reverse=True)
-    row_ms = [1e3 * expert_flop_per_row(192, 384) / rate for rate in rates]
-    assert [round(ms, 2) for ms in row_ms] == [0.12, 0.17, 0.25, 0.36, 0.53, 0.76, 1.1, 1.6]
+    flop_per_row = expert_flop_per_row(config.emulation.as_if_width or 0, config.emulation.as_if_inner or 0)
+    row_ms = [1e3 * flop_per_row / rate for rate in rates]
+    assert [round(ms, 2) for ms in row_ms] == [0.02, 0.03, 0.05, 0.09, 0.15, 0.26, 0.44, 0.75]
     assert [(policy.name, policy.params.get("theta")) for policy in config.policies] == [
         ("topk", None),
         ("wlr", 0.1),
         ("wlr", 0.2),
         ("wlr", 0.3),
     ]
+
+
+@pytest.mark.parametrize("name", ["local", "paper", "jetson", "blockage"])
+def test_a_shipped_run_file_loads_and_is_named_as_its_file(name: str) -> None:
+    config = load_run_file(CONFIGS / f"{name}.toml")
+    assert config.name == name
+    assert len(config.devices) == 8
+    assert config.radio is not None
+    assert all(device.emulated_flops_per_s for device in config.devices)
+
+
+@pytest.mark.parametrize("estimates", ["online", "static", "oracle"])
+def test_the_run_file_of_blocked_links_runs_with_all_estimates(estimates: str) -> None:
+    config = load_run_file(CONFIGS / "blockage.toml", [f"estimator.estimates={estimates}"])
+    assert config.estimator.estimates == estimates
 
 
 def test_the_least_run_file_gets_every_default(tmp_path: Path) -> None:
@@ -131,14 +162,14 @@ def test_a_placement_gives_each_device_its_experts(tmp_path: Path) -> None:
         (f'name = "small"\n{DEVICE}[[policy]]\nname = "wlr"\n{TOPK}', 'move [[policy]] name = "topk" before all'),
         (f'name = "small"\npolicy = []\n{DEVICE}', "policy: cuts are measured against topk: topk is missing"),
         (LEAST + TOPK, 'policy: "topk" stands there twice with the same parameters; remove one'),
-        (LEAST + '[[policy]]\nname = "a b"', 'policy[1].name: must be "topk", "wlr" or'),
+        (LEAST + '[[policy]]\nname = "a b"', 'policy[1].name: must be "topk", "wlr", "drop_late" or'),
         (LEAST + '[[policy]]\nname = "wlr"\ntheta = nan', "policy[1]: theta must be a finite number, not nan"),
         (LEAST + '[[policy]]\nname = "wlr"\nday = 2020-01-01', "policy[1].day: "),
         (LEAST + "[workload]\nscore_prompts = 0\nnew_tokens = 0", "workload: nothing to do; raise score_prompts"),
         (LEAST + "[workload]\nscore_tokens = 1", "workload.score_tokens: must be greater than or equal to 2, not 1"),
         (LEAST + "[on_loss]\ninvalid_above = 2.0", "on_loss.invalid_above: must be less than or equal to 1, not 2.0"),
         (LEAST + "[estimator]\nmemory_rounds = 0", "estimator.memory_rounds: must be greater than or equal to 1"),
-        (LEAST + "[log]\ndirectory = 3", "log.directory: must be a folder's path as text, not 3"),
+        (LEAST + "[log]\ndirectory = 3", "log.directory: must be a path as text, not 3"),
         (
             LEAST + "[placement]\njetson-9 = [0]",
             'placement.jetson-9: there is no such [[device]]; did you mean "jetson',
@@ -153,6 +184,40 @@ def test_a_placement_gives_each_device_its_experts(tmp_path: Path) -> None:
         (LEAST + '[listen]\nhost = "0"', "listen.host: must be one IPv4 address of this machine in figures"),
         (LEAST + '[listen]\nhost = "localhost;ipc:///x"', "listen.host: must be one IPv4 address of this machine"),
         (LEAST + "[listen]\nport = 65536", "listen.port: must be less than or equal to 65535, not 65536"),
+        (LEAST + throttled("jetson-00"), 'throttle[0].device: no [[device]] "jetson-00"; did you mean "jetson-0"?'),
+        (with_devices("", "", "") + throttled("jetson-2") + throttled("jetsn-1"), 'did you mean "jetson-1"?'),
+        (with_devices("", "") + throttled("x"), 'throttle[0].device: no [[device]] "x"; did you mean "jetson-0"?'),
+        (
+            LEAST + throttled("jetson-0").replace("= 0", "= 1"),
+            "throttle[0]: until_prompt (1) must be above from_prompt",
+        ),
+        (
+            LEAST + PLACED + '[fleet]\nstart = "none"\nkeys = "keys"',
+            'radio: nodes that are started elsewhere have real links; remove it, or start = "local"',
+        ),
+        (LEAST + '[fleet]\nstart = "none"', 'fleet: start = "none" needs keys'),
+        (
+            LEAST + '[emulation]\nlinks = "namespaces"\n[radio]\nmedium = "tdd"\n[radio.placement]',
+            'emulation.links: "namespaces" has neither delay_s nor a medium but "fdd"; use "relay"',
+        ),
+        (
+            LEAST + '[emulation]\nlinks = "namespaces"\n[radio]\ndelay_s = 0.1\n[radio.placement]',
+            'emulation.links: "namespaces" has neither delay_s nor a medium but "fdd"; use "relay"',
+        ),
+        (LEAST + "[radio]", 'radio: device "jetson-0" needs distance_m, or all of them [radio.placement]'),
+        (with_devices("distance_m = 9", "") + "[radio]", 'radio: device "jetson-1" needs distance_m, or all of them'),
+        (
+            with_devices("", "emulated_flops_per_s = 1e12") + '[emulation]\ncompute = "roofline"',
+            'emulation.compute: "roofline" needs emulated_memory_bytes_per_s of jetson-1',
+        ),
+        (
+            with_devices("emulated_flops_per_s = 1e12") + '[estimator]\nestimates = "static"',
+            'estimator.estimates: "static" needs a [radio] and emulated_flops_per_s of every device',
+        ),
+        (
+            with_devices("emulated_flops_per_s = 1e12", "") + PLACED + '[estimator]\nestimates = "oracle"',
+            'estimator.estimates: "oracle" needs a [radio] and emulated_flops_per_s of every device',
+        ),
         (LEAST + "[wire", "not valid TOML: "),
         (LEAST + "\nseed 3", "(at line 7, column 6); mend that line"),
         (LEAST + "x = " + "[" * 100_000, "not valid TOML: "),
@@ -160,6 +225,103 @@ def test_a_placement_gives_each_device_its_experts(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_one_line_with_its_key_and_a_remedy(tmp_path: Path, text: str, said: str) -> None:
     assert said in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LEAST + throttled("jetson-0"),
+        LEAST + PLACED,
+        with_devices("distance_m = 9", "distance_m = 10") + "[radio]",
+        LEAST + '[radio]\ntrace = "rates.csv"',
+        LEAST + '[fleet]\nstart = "none"\nkeys = "keys"',
+        LEAST + PLACED + '[emulation]\nlinks = "namespaces"',
+        LEAST + '[emulation]\ncompute = "roofline"',
+        with_devices("emulated_flops_per_s = 1e12\nemulated_memory_bytes_per_s = 1e9", "")
+        + '[emulation]\ncompute = "roofline"',
+        with_devices("emulated_flops_per_s = 1e12") + PLACED + '[estimator]\nestimates = "static"',
+        with_devices("emulated_flops_per_s = 1e12") + PLACED + '[estimator]\nestimates = "oracle"',
+    ],
+)
+def test_what_can_be_emulated_loads(tmp_path: Path, text: str) -> None:
+    load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "value"),
+    [
+        ("seed=7", ["seed"], 7),
+        (" seed = 7 ", ["seed"], 7),
+        ("name=other", ["name"], "other"),
+        ('name="2026"', ["name"], "2026"),
+        ("wire.up=fp16", ["wire", "up"], "fp16"),
+        ("timeouts.reply_s=2.5", ["timeouts", "reply_s"], 2.5),
+        ("timeouts.reply_s=1e1", ["timeouts", "reply_s"], 10.0),
+        ("device.0.threads=2", ["device", 0, "threads"], 2),
+        ("device.1.emulated_flops_per_s=1e12", ["device", 1, "emulated_flops_per_s"], 1e12),
+        ("policy.1.theta=0.3", ["policy", 1, "theta"], 0.3),
+        ("policy.1.steps=[1, 2]", ["policy", 1, "steps"], [1, 2]),
+        ("policy.1.fast=true", ["policy", 1, "fast"], True),
+        ("policy.1.name=pack.mod:Mine", ["policy", 1, "name"], "pack.mod:Mine"),
+        ("policy.1.rule=a=b", ["policy", 1, "rule"], "a=b"),
+        ("placement={jetson-0 = [0], jetson-1 = [1, 2]}", ["placement"], {"jetson-0": (0,), "jetson-1": (1, 2)}),
+        ("radio.placement.seed=2", ["radio", "placement", "seed"], 2),
+    ],
+)
+def test_one_key_is_set_from_outside_and_all_others_stay(
+    tmp_path: Path, override: str, where: list[str | int], value: Any
+) -> None:
+    text = with_devices("", "") + '[[policy]]\nname = "wlr"\ntheta = 0.2\n'
+    found: Any = load(tmp_path, text, override).model_dump(by_alias=True)
+    expected: Any = load(tmp_path, text).model_dump(by_alias=True)
+    if where[0] == "radio":  # a table that is not there yet
+        assert expected.pop("radio") is None
+        assert found.pop("radio")["placement"] == {"seed": 2, "min_m": 50.0, "max_m": 500.0}
+    else:
+        table = expected
+        for key in where[:-1]:
+            table = table[key]
+        table[where[-1]] = value
+    assert found == expected
+
+
+def test_of_two_values_for_one_key_the_later_is_taken(tmp_path: Path) -> None:
+    assert load(tmp_path, LEAST, "seed=1", "wire.up=fp16", "seed=2").seed == 2
+
+
+def test_what_is_set_from_outside_can_mend_a_file_and_is_checked_with_it(tmp_path: Path) -> None:
+    assert load(tmp_path, LEAST + "[radio]", "device.0.distance_m=20").devices[0].distance_m == 20
+    assert load(tmp_path, DEVICE + TOPK, "name=small").name == "small"
+    assert "device[0].threads: must be greater than or equal to 1" in refusal(tmp_path, LEAST, "device.0.threads=0")
+    assert 'radio: device "jetson-0" needs distance_m' in refusal(tmp_path, LEAST, "radio.medium=tdd")
+    assert refusal(tmp_path, LEAST, "wire.upp=fp16").startswith('wire.upp: unknown key; did you mean "up"?')
+    assert refusal(tmp_path, LEAST, "device=3").startswith("device: must be a list, not 3")
+    assert refusal(tmp_path, LEAST, "seed=").startswith('seed: must be a valid integer, not ""')
+    assert refusal(tmp_path, LEAST, "seed=one").startswith('seed: must be a valid integer, not "one"')
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "write KEY=VALUE, such as radio.placement.seed=2"),
+        ("", "write KEY=VALUE"),
+        ("=3", "write KEY=VALUE"),
+        ("wire..up=fp16", "write KEY=VALUE"),
+        (".=1", "write KEY=VALUE"),
+        ("device.2.threads=2", "there is no 2 in a list of 1"),
+        ("device.first.threads=2", "there is no first in a list of 1"),
+        ("device.threads=2", "name a key of one of its entries, such as device.0.KEY"),
+        ("device.0=2", "name a key of one of its entries, such as device.0.KEY"),
+        ("name.length=2", "name is a value, not a table"),
+        ("device.0.name.length=2", "name is a value, not a table"),
+    ],
+)
+def test_what_cannot_be_set_is_told_in_one_line(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, LEAST, override)
+    assert str(caught.value).startswith(f"--set {override}: ")
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_first_of_several_mistakes_is_told_with_their_number(tmp_path: Path) -> None:

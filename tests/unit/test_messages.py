@@ -44,8 +44,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "boot_id": u64,
     "manifest_sha256": text,
     "experts_held": st.lists(u16, max_size=MAX_SEGMENTS),
-    "emulated_flops_per_s": figure,
+    "emulated": st.dictionaries(st.text("abc_é", max_size=12), figure, max_size=MAX_FIGURES),
     "sent_ns": u64,
+    "echoed": st.none() | st.tuples(u64, u64),
     "figures": st.dictionaries(st.text("abc_é", max_size=12), figure, max_size=MAX_FIGURES),
     "run": u64,
     "round": u64,
@@ -57,6 +58,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "part": u16,
     "parts": st.integers(1, 2**16 - 1),
     "width": st.integers(1, 2**20),
+    "padded_width": st.integers(1, 2**20),
     "scheme": scheme,
     "reply_scheme": scheme,
     "segments": st.lists(st.tuples(st.integers(0, 2**15 - 1), row_count), min_size=1, max_size=400),
@@ -90,12 +92,12 @@ anything = st.recursive(
     max_leaves=6,
 )
 
-REQUEST = RequestPart(7, 3, 0, 1, 0, 1, 5, 16, "int8", "fp16", [(2, 3), (6, 2)])
+REQUEST = RequestPart(7, 3, 0, 1, 0, 1, 5, 16, 16, "int8", "fp16", [(2, 3), (6, 2)])
 WHOLE_NUMBERS = {
     "run", "round", "attempt", "layer", "part", "parts", "rows", "width", "received_ns", "sent_ns", "queue_ns",
     "dequantise_ns", "compute_ns", "padding_ns", "quantise_ns",
 }  # fmt: skip
-REPLY = ReplyPart(7, 3, 0, 0, 1, 5, 16, "fp16", 10, 20, 1, 2, 3, 0, 4)
+REPLY = ReplyPart(7, 3, 0, 0, 1, 5, 16, 16, "fp16", 10, 20, 1, 2, 3, 0, 4)
 
 
 def packed(*values: Any) -> bytes:
@@ -285,12 +287,12 @@ def test_extension_types_and_binary_are_refused_wherever_they_stand(extension: b
 )
 def test_a_figure_must_be_a_finite_number(bad: Any) -> None:
     assert_refused(packed(1, 1, {"cpu_percent": bad}))
-    assert_refused(packed(0, 1, "near", 1, "0" * 64, [1], bad))
+    assert_refused(packed(0, 1, "near", 1, "0" * 64, [1], {"row_s": bad}))
     if isinstance(bad, float):
         with pytest.raises(ValueError, match="not a finite number"):
             Heartbeat(1, {"cpu_percent": bad})
         with pytest.raises(ValueError, match="not a finite number"):
-            Hello(1, "near", 1, "0" * 64, [1], bad)
+            Hello(1, "near", 1, "0" * 64, [1], {"row_s": bad})
 
 
 @pytest.mark.parametrize("figures", [b"\x81\x01\x01", b"\x81\xc0\x01", b"\x81\x90\x01"])
@@ -339,7 +341,7 @@ def test_segments_are_pairs_of_an_expert_and_its_rows(bad: Any) -> None:
         packed_with(REQUEST, segments=[[e, 1] for e in range(513)]),
         packed_with(Rejected(1, 0, ""), reason="x" * 513),
         packed_with(Refuse(""), reason="x" * 513),
-        packed_with(Hello(1, "near", 1, "0" * 64, [1], None), experts_held=[1] * 513),
+        packed_with(Hello(1, "near", 1, "0" * 64, [1], {}), experts_held=[1] * 513),
         packed_with(Heartbeat(1, {}), figures={f"figure {n}": 1.0 for n in range(49)}),
         packed_with(Announce(1, 1, 1), round=2**63),
         packed_with(Credit(1, 1, 1), attempt=2**16),

@@ -14,10 +14,10 @@ from testbed.errors import MessageError
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import ReplyPart, RequestPart
 from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, part_count, part_rows
-from testbed.wire.quantization import SCHEMES, dequantise, quantise
+from testbed.wire.quantization import SCHEMES, SchemeName, dequantise, quantise
 
-REQUEST = RequestPart(7, 3, 0, 1, 0, 4, 10, 6, "int8", "fp16", [(2, 3), (6, 7)])
-REPLY = ReplyPart(7, 3, 0, 0, 4, 10, 6, "fp16", 10, 20, 1, 2, 3, 0, 4)
+REQUEST = RequestPart(7, 3, 0, 1, 0, 4, 10, 6, 6, "int8", "fp16", [(2, 3), (6, 7)])
+REPLY = ReplyPart(7, 3, 0, 0, 4, 10, 6, 6, "fp16", 10, 20, 1, 2, 3, 0, 4)
 schemes = st.sampled_from(sorted(SCHEMES))
 
 
@@ -69,7 +69,7 @@ def test_parts_in_any_order_give_what_the_whole_block_gives(
     x_RD = hidden(rows, width, seed=rows)
     sent = payloads(x_RD, scheme, parts)
     order = data.draw(st.permutations(range(parts)))
-    header = replace(first, rows=rows, width=width, scheme=scheme, parts=parts)
+    header = replace(first, rows=rows, width=width, padded_width=width, scheme=scheme, parts=parts)
     assembler = Assembler(replace(header, part=order[0]), KeptRows(np.float32))
     complete = [assembler.add(replace(header, part=part), memoryview(sent[part])) for part in order]
     whole_RD = np.empty_like(x_RD)
@@ -77,6 +77,27 @@ def test_parts_in_any_order_give_what_the_whole_block_gives(
     assert complete == [False] * (parts - 1) + [True]
     assert assembler.block_RD.tobytes() == whole_RD.tobytes()
     assert assembler.payload_bytes == SCHEMES[scheme].payload_bytes(rows, width)
+
+
+@given(rows=st.integers(1, 30), width=st.integers(1, 20), padding=st.integers(1, 50), scheme=schemes)
+@pytest.mark.parametrize("first", [REQUEST, REPLY], ids=["request", "reply"])
+def test_rows_filled_up_to_a_wider_models_weigh_what_those_would_and_say_the_same(
+    first: Any, rows: int, width: int, padding: int, scheme: SchemeName
+) -> None:
+    x_RD, kind = hidden(rows, width, seed=rows), SCHEMES[scheme]
+    payload = quantise(x_RD, kind, None, width + padding).tobytes()
+    assert len(payload) == kind.payload_bytes(rows, width + padding)
+    header = replace(first, rows=rows, width=width, padded_width=width + padding, scheme=scheme, parts=1)
+    assembler = Assembler(header, KeptRows(np.float32))
+    assert assembler.add(header, payload)
+    plain_RD = np.empty_like(x_RD)
+    dequantise(quantise(x_RD, kind).tobytes(), rows, width, kind, plain_RD)
+    assert assembler.block_RD.tobytes() == plain_RD.tobytes()
+
+
+def test_rows_cannot_be_filled_up_to_less_than_they_are() -> None:
+    with pytest.raises(MessageError, match="rows of 6 values cannot be filled up to 5"):
+        Assembler(replace(REQUEST, padded_width=5), KeptRows(np.float32))
 
 
 def started(first: Any) -> tuple[Assembler, list[bytes]]:
@@ -144,8 +165,8 @@ class NoRoom(KeptRows[np.float32]):
 @pytest.mark.parametrize(
     ("change", "max_bytes"),
     [
-        ({"rows": 2**22, "width": 2**20, "parts": 1}, MAX_BLOCK_BYTES),
-        ({"rows": 2**18, "width": 2**10 + 1, "parts": 1}, MAX_BLOCK_BYTES),
+        ({"rows": 2**22, "width": 2**20, "padded_width": 2**20, "parts": 1}, MAX_BLOCK_BYTES),
+        ({"rows": 2**18, "width": 2**10 + 1, "padded_width": 2**11, "parts": 1}, MAX_BLOCK_BYTES),
         ({}, 10 * 6 * 4 - 1),
         ({"parts": 11}, MAX_BLOCK_BYTES),
         ({"parts": 65535}, MAX_BLOCK_BYTES),

@@ -31,7 +31,7 @@ def registry(manifest: Manifest) -> Registry:
 @pytest.fixture
 def hello(manifest: Manifest) -> Callable[..., Hello]:
     def make(device: str = "near", **changed: Any) -> Hello:
-        said = Hello(PROTOCOL_VERSION, device, 1, manifest_hash(manifest), [2, 2], None)
+        said = Hello(PROTOCOL_VERSION, device, 1, manifest_hash(manifest), [2, 2], {})
         return replace(said, **changed)
 
     return make
@@ -87,9 +87,9 @@ def test_devices_stand_in_the_order_of_the_split_and_are_away_at_first(registry:
 
 
 def test_a_welcomed_node_is_there(registry: Registry, hello: HelloOf) -> None:
-    node = registry.welcome(hello("far", boot_id=5, emulated_flops_per_s=1e9), b"id", 20, 0)
+    node = registry.welcome(hello("far", boot_id=5, emulated={"row_s": 1e-3}), b"id", 20, 0)
     assert registry.node_at(b"id") is node
-    assert (node.name, node.boot_id, node.emulated_flops_per_s, node.joins) == ("far", 5, 1e9, 1)
+    assert (node.name, node.boot_id, node.emulated, node.joins) == ("far", 5, {"row_s": 1e-3}, 1)
     assert [node.available for node in registry.nodes] == [False, True]
     assert registry.missing() == ["near"]
     assert registry.node_at(b"other") is None

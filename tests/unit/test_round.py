@@ -34,7 +34,7 @@ def transfer(
     token_R = np.arange(rows, dtype=np.int64)[::-1].copy()
     block = Block(device, token_R, np.zeros(rows, np.int64), [(device, rows)])
     parts = part_count(rows, SCHEMES[scheme].bytes_per_value * WIDTH, part_bytes)
-    request = RequestPart(RUN, NUMBER, 0, LAYER, 0, parts, rows, WIDTH, scheme, "fp32", block.segments)
+    request = RequestPart(RUN, NUMBER, 0, LAYER, 0, parts, rows, WIDTH, WIDTH, scheme, "fp32", block.segments)
     rooms = KeptRows(np.uint8), KeptRows(np.float32)
     return Transfer(block, quantise(hidden(rows), SCHEMES[scheme]), request, window_bytes, rooms)
 
@@ -53,7 +53,7 @@ def send_all(sending: Transfer) -> list[tuple[RequestPart, bytes]]:
 
 def reply(rows: int = 6, parts: int = 1, **changed: Any) -> list[tuple[ReplyPart, memoryview]]:
     """What a node answers to `transfer(rows=rows)`, and its payloads."""
-    head = ReplyPart(RUN, NUMBER, 0, 0, parts, rows, WIDTH, "fp32", 110, 190, 1, 2, 70, 3, 4)
+    head = ReplyPart(RUN, NUMBER, 0, 0, parts, rows, WIDTH, WIDTH, "fp32", 110, 190, 1, 2, 70, 3, 4)
     rows_RB = quantise(hidden(rows, seed=1), SCHEMES["fp32"])
     return [
         (replace(head, part=part, **changed), memoryview(rows_RB[part_rows(rows, parts, part)].tobytes()))

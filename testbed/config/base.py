@@ -1,0 +1,32 @@
+"""What every section of a run file shares."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Scheme = Literal["int8", "fp16", "bf16", "fp32"]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ExpertId = Annotated[int, Field(ge=0, le=65_535)]
+# TOML has lists and text where we keep tuples and paths; what is inside a list stays strict.
+ExpertIds = Annotated[tuple[ExpertId, ...], Field(strict=False)]
+Folder = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+
+
+def device_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", value):
+        raise ValueError('must be small letters, digits or "-", at most 63')
+    return value
+
+
+DeviceName = Annotated[str, AfterValidator(device_name)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,0 +1,96 @@
+"""Emulated time out of real time: what a round would have taken, and how much of it was this machine's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from testbed.experiment.truth import link_truth
+from testbed.latency.model import ComputeModel, eq8_prompt_s
+from testbed.runlog.schema import GenerationPhase
+
+EMULATED_ROUND, PATH = "emulated_round_ns", "emulated_path_ns"
+OVERRUN_ABOVE = 0.1  # share of a round's emulated time that may be real overhead
+OVERRUNS_ALLOWED = 0.01  # share of rounds that may be above it
+
+Floats = NDArray[np.float64]
+
+
+def with_emulated_times(
+    run_dir: Path, rounds: pa.Table, manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
+) -> pa.Table:
+    """Adds the round's time without dilation, and what channel and device alone asked for in each row (real ns)."""
+    dilation = rounds["dilation"].to_numpy()
+    path_ns = emulated_compute_s(rounds, manifest, events) * dilation * 1e9
+    radio = manifest["config"].get("radio") or {}
+    truth = link_truth(run_dir, rounds, shared=radio.get("medium", "fdd") != "fdd")
+    if truth is not None:
+        delay_s = radio.get("delay_s", 0.0) * (rounds["rows"].to_numpy() > 0)
+        path_ns += truth.down_air_ns + truth.up_air_ns + 2e9 * delay_s * dilation
+    elif radio:  # the kernel keeps no record: what its rates ask for
+        path_ns += asked_air_s(rounds, events) * dilation * 1e9
+    rounds = rounds.append_column(EMULATED_ROUND, pa.array(rounds["round_ns"].to_numpy() / dilation))
+    return rounds.append_column(PATH, pa.array(np.nan_to_num(path_ns)))
+
+
+def emulated_compute_s(rounds: pa.Table, manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Floats:
+    """What each row's device was to compute for: its model times the prompt's factor. 0 where it plays no other."""
+    device, rows, experts = (rounds[name].to_numpy() for name in ("device", "rows", "experts_touched"))
+    seconds: Floats = np.zeros(rounds.num_rows)
+    for index, name in enumerate(manifest["devices"]):
+        if name in manifest["emulated"]:
+            mine = device == index
+            seconds[mine] = ComputeModel(**manifest["emulated"][name]).seconds(rows[mine], experts[mine])
+    policy, prompt = rounds["policy"].to_numpy(), rounds["prompt"].to_numpy()
+    factor = np.ones(rounds.num_rows)
+    for event in events:
+        if event["kind"] == "channel":
+            mine = (policy == event["policy"]) & (prompt == event["prompt"])
+            factor[mine] = np.array(event["factor"])[device[mine]]
+    return seconds * factor
+
+
+def asked_air_s(rounds: pa.Table, events: Sequence[Mapping[str, Any]]) -> Floats:
+    """What each row's bytes take at the rates of its prompt's channel, both ways."""
+    device, down_bits, up_bits = (
+        rounds["device"].to_numpy(), 8.0 * rounds["bytes_down"].to_numpy(), 8.0 * rounds["bytes_up"].to_numpy()
+    )  # fmt: skip
+    policy, prompt = rounds["policy"].to_numpy(), rounds["prompt"].to_numpy()
+    seconds: Floats = np.zeros(rounds.num_rows)
+    for event in events:
+        if event["kind"] == "channel":
+            mine = (policy == event["policy"]) & (prompt == event["prompt"])
+            down, up = (np.array(event[f"{way}_bits_per_s"])[device[mine]] for way in ("down", "up"))
+            seconds[mine] = down_bits[mine] / down + up_bits[mine] / up
+    return seconds
+
+
+def overhead_of_rounds(rounds: pa.Table) -> Floats:
+    """Per round: (its time - the slowest device's emulated time) / that. Rounds in which nothing is emulated are left
+    out, and so are those that lost a reply: they wait for a deadline."""
+    grouped = rounds.group_by("round", use_threads=False).aggregate(
+        [(PATH, "max"), ("round_ns", "max"), ("status", "max")]
+    )
+    path_ns, round_ns = grouped[f"{PATH}_max"].to_numpy(), grouped["round_ns_max"].to_numpy()
+    counts = (path_ns > 0) & (grouped["status_max"].to_numpy() <= 1)
+    overhead: Floats = (round_ns[counts] - path_ns[counts]) / path_ns[counts]
+    return overhead
+
+
+def eq8_sum_s(tokens: pa.Table, events: list[dict[str, Any]]) -> float:
+    """Eq. 8 of the prefill with the true channel of every prompt, summed; NaN where no channel was emulated."""
+    prefill = tokens.filter(pc.equal(tokens["phase"], int(GenerationPhase.PREFILL)))
+    total_s = 0.0
+    channels = {event["prompt"]: event for event in events if event["kind"] == "channel" and "token_s" in event}
+    for prompt, event in channels.items():
+        mine = prefill.filter(pc.equal(prefill["prompt"], prompt))
+        if mine.num_rows:
+            device_TK = np.stack(mine["device"].to_numpy(zero_copy_only=False)).astype(np.int64)
+            total_s += eq8_prompt_s(np.array(event["token_s"]), device_TK)
+    return total_s if channels else float("nan")

@@ -1,0 +1,52 @@
+"""What a policy would know if it were told the rates: Eq. 6, at the start of a run or at every prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from testbed.latency.estimator import Lesson
+from testbed.latency.model import ComputeModel
+from testbed.policies.base import BoolArray, FloatArray, State
+
+
+class KnownLatencies:
+    """Answers as an estimator does, from figures that it is told (`tell`) instead of measurements, which it ignores."""
+
+    def __init__(self, devices: int, row_bits_down: float, row_bits_up: float) -> None:
+        self._row_bits_down, self._row_bits_up = row_bits_down, row_bits_up
+        self._unknown_N = np.full(devices, np.nan)
+        self.token_s_N = self._base_s_N = self._expert_s_N = self._row_s_N = self._unknown_N
+        self._told_at_s = np.nan
+
+    def tell(
+        self,
+        down_bits_per_s_N: FloatArray,
+        up_bits_per_s_N: FloatArray,
+        delay_s: float,
+        compute_N: Sequence[ComputeModel],
+        factor_N: FloatArray,
+        now_s: float,
+    ) -> None:
+        """The channel's rates, its one-way delay, and each device's compute model times a factor."""
+        link_row_s_N = self._row_bits_down / down_bits_per_s_N + self._row_bits_up / up_bits_per_s_N
+        one_row_s_N = np.array([float(model.seconds(1, 1)) for model in compute_N]) * factor_N
+        self.token_s_N = link_row_s_N + one_row_s_N + 2 * delay_s
+        self._base_s_N = np.array([model.base_s for model in compute_N]) * factor_N + 2 * delay_s
+        self._expert_s_N = np.array([model.expert_s for model in compute_N]) * factor_N
+        self._row_s_N = link_row_s_N + np.array([model.row_s for model in compute_N]) * factor_N
+        self._told_at_s = now_s
+
+    def teach(self, device: int, lesson: Lesson, now_s: float) -> None:
+        """Nothing is learnt from a measurement."""
+
+    def teach_at_least(self, device: int, rows: int, experts: int, seconds: float, now_s: float) -> None:
+        """Nothing is learnt from a loss."""
+
+    def forget(self, device: int) -> None:
+        """What is told stays true."""
+
+    def state(self, phase: int, available_N: BoolArray, now_s: float) -> State:  # noqa: ARG002 - as all estimates
+        age_s_N = np.full(len(available_N), now_s - self._told_at_s)
+        return State(self.token_s_N, available_N, age_s_N, self._base_s_N, self._expert_s_N, self._row_s_N)
