@@ -12,6 +12,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
+from testbed.latency.estimator import Prediction
 from testbed.native import native, read, write
 from testbed.policies.base import DROPPED, FloatArray, IntArray
 from testbed.runlog.schema import Status
@@ -63,6 +64,7 @@ class Outcome:
     up_ns: int | None = None
     clock_offset_ns: int | None = None  # the node's clock minus the base station's ...
     clock_bound_ns: int | None = None  # ... and the most by which that, and the one-way times, can be wrong
+    predicted: Prediction | None = None  # what was expected of it, before it taught anything
     dilation: float = 1.0  # emulated time was stretched by it
 
     @property

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from bs_node.blocks import Outcome
 from bs_node.registry import Node
-from testbed.latency.estimator import Lesson
+from testbed.latency.estimator import Lesson, Prediction
 from testbed.policies.base import BoolArray, State
 from testbed.runlog.schema import Status
 
@@ -19,6 +19,8 @@ class Estimates(Protocol):
     def teach(self, device: int, lesson: Lesson, now_s: float) -> None: ...
 
     def teach_at_least(self, device: int, rows: int, experts: int, seconds: float, now_s: float) -> None: ...
+
+    def predict(self, device: int, rows: int, experts: int, bytes_down: int, bytes_up: int) -> Prediction: ...
 
     def forget(self, device: int) -> None:
         """The device is back as another process."""
@@ -54,6 +56,7 @@ class Learning:
             outcome.down_ns, outcome.up_ns = int(ways.down_ns * shrink), int(ways.up_ns * shrink)
             outcome.clock_offset_ns, outcome.clock_bound_ns = ways.offset_ns, ways.bound_ns
             lesson = lesson._replace(down_s=outcome.down_ns / real_ns, up_s=outcome.up_ns / real_ns)
+        outcome.predicted = self.estimates.predict(outcome.block.device, *lesson[:4])
         self.estimates.teach(outcome.block.device, lesson, bs_received_ns / 1e9)
 
     def state(self, phase: int, available_N: BoolArray) -> State:

@@ -38,6 +38,9 @@ OF_OUTCOME = (
 )  # fmt: skip
 
 
+IN_SECONDS = ("clock_offset_s", "predicted_compute_s", "predicted_down_s", "predicted_up_s")
+
+
 @dataclass(slots=True)
 class RoundTimes:
     """Stamps of one round, in nanoseconds on the base station's monotonic clock."""
@@ -117,9 +120,9 @@ class Rows:
         self._keep_scores = keep_scores
         self._nothing_C = np.array([-1 if name.endswith("_ns") else 0 for name in names], np.int64)
         self._table_DC = np.empty((devices, len(names)), np.int64)
-        self._offset_s_N = np.empty(devices)
+        self._seconds_CD = np.empty((len(IN_SECONDS), devices))
         self._column_of: dict[str, Any] = {name: self._table_DC[:, place] for place, name in enumerate(names)}
-        self._column_of["clock_offset_s"] = self._offset_s_N
+        self._column_of |= dict(zip(IN_SECONDS, self._seconds_CD, strict=True))
 
     def of(self, done: Finished) -> tuple[dict[str, Any], dict[str, Any]]:
         """Columns of the tables `rounds` and `tokens`, valid until the next call."""
@@ -139,10 +142,12 @@ class Rows:
     def _fill(self, outcomes: Sequence[Outcome]) -> None:
         """Zero, or unknown for a time, for the devices that were sent nothing."""
         self._table_DC[:] = self._nothing_C
-        self._offset_s_N[:] = np.nan
+        self._seconds_CD[:] = np.nan
         for outcome in outcomes:
             if outcome.clock_offset_ns is not None:
-                self._offset_s_N[outcome.block.device] = outcome.clock_offset_ns / 1e9
+                self._seconds_CD[0, outcome.block.device] = outcome.clock_offset_ns / 1e9
+            if outcome.predicted is not None:
+                self._seconds_CD[1:, outcome.block.device] = outcome.predicted
             values = (outcome.status, outcome.block.rows, len(outcome.block.segments), *_OUTCOME_VALUES(outcome))
             self._table_DC[outcome.block.device] = [-1 if value is None else value for value in values]
 

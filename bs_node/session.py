@@ -20,6 +20,7 @@ from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase, Status
 
 FLUSH_EVERY_NS = 1_000_000_000
+QUICK_NS = 5_000_000  # a lesson of a round trip below this may wait for the next round: it is no older for it
 ROWS_AT_JOIN = (1, 8)  # two sizes: one alone cannot tell a block's cost from its rows'
 
 
@@ -50,6 +51,7 @@ class Session:
         self._rows = Rows(len(nodes), keep_scores)
         self._flushed_ns = monotonic_ns()
         self._unwritten: Finished | None = None
+        self._still_to_learn: list[Outcome] = []
 
     def state(self) -> State:
         """What the policy may know now."""
@@ -66,7 +68,10 @@ class Session:
 
         def answered(outcome: Outcome) -> None:
             combiner.take(outcome)
-            self._learning.answered(outcome)
+            if (outcome.rtt_ns or 0) > QUICK_NS:
+                self._learning.answered(outcome)
+            else:
+                self._still_to_learn.append(outcome)
 
         blocks, early_end = combiner.blocks, None
         if selection.deadline is not None:
@@ -148,7 +153,10 @@ class Session:
             )
 
     def settle(self) -> None:
-        """Write the last round's rows. A round calls it once it has sent its own: the nodes work meanwhile."""
+        """Learn what could wait and write the last round's rows. A round does so once it has sent its own requests."""
+        for outcome in self._still_to_learn:
+            self._learning.answered(outcome)
+        self._still_to_learn.clear()
         if self._recorder is None or self._unwritten is None:
             return
         done, self._unwritten = self._unwritten, None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from testbed.latency.estimator import Lesson
+from testbed.latency.estimator import Lesson, Prediction
 from testbed.latency.model import ComputeModel
 from testbed.policies.base import BoolArray, FloatArray, State
 
@@ -19,6 +19,7 @@ class KnownLatencies:
         self._unknown_N = np.full(devices, np.nan)
         self.token_s_N = self._base_s_N = self._expert_s_N = self._row_s_N = self._unknown_N
         self._told_at_s = np.nan
+        self._rates_WN: FloatArray | None = None  # W: down, up
 
     def tell(
         self,
@@ -37,12 +38,22 @@ class KnownLatencies:
         self._expert_s_N = np.array([model.expert_s for model in compute_N]) * factor_N
         self._row_s_N = link_row_s_N + np.array([model.row_s for model in compute_N]) * factor_N
         self._told_at_s = now_s
+        self._rates_WN, self._delay_s = np.stack([down_bits_per_s_N, up_bits_per_s_N]), delay_s
+        self._compute_N, self._factor_N = compute_N, factor_N
 
     def teach(self, device: int, lesson: Lesson, now_s: float) -> None:
         """Nothing is learnt from a measurement."""
 
     def teach_at_least(self, device: int, rows: int, experts: int, seconds: float, now_s: float) -> None:
         """Nothing is learnt from a loss."""
+
+    def predict(self, device: int, rows: int, experts: int, bytes_down: int, bytes_up: int) -> Prediction:
+        """Seconds of one block at the rates told; NaN before."""
+        if self._rates_WN is None:
+            return Prediction(np.nan, np.nan, np.nan)
+        down_s, up_s = 8 * np.array([bytes_down, bytes_up]) / self._rates_WN[:, device] + self._delay_s
+        compute_s = float(self._compute_N[device].seconds(rows, experts)) * self._factor_N[device]
+        return Prediction(float(compute_s), float(down_s), float(up_s))
 
     def forget(self, device: int) -> None:
         """What is told stays true."""

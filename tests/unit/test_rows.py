@@ -13,7 +13,7 @@ from bs_node.dispatcher import ExchangeTimes, InProcessDispatcher
 from bs_node.registry import Node
 from bs_node.rows import Finished, RoundTimes, Rows, orphaned
 from bs_node.session import Session
-from testbed.latency.estimator import Estimator
+from testbed.latency.estimator import Estimator, Prediction
 from testbed.policies import DROPPED, Routing, Selection, State, TopK
 from testbed.runlog.reader import read_table
 from testbed.runlog.recorder import OWN_COLUMNS, Recorder
@@ -71,7 +71,7 @@ def answered_by(device: int) -> Outcome:
         bytes_down=10, bytes_up=11, parts_down=12, parts_up=13, send_ns=14, bs_sent_ns=100, bs_received_ns=200,
         node_received_ns=10**12, node_sent_ns=10**12 + 50, node_queue_ns=15, node_dequantise_ns=16,
         node_compute_ns=17, node_padding_ns=18, node_quantise_ns=19, down_ns=20, up_ns=30,
-        clock_offset_ns=-2_500_000_000, clock_bound_ns=25,
+        clock_offset_ns=-2_500_000_000, clock_bound_ns=25, predicted=Prediction(0.25, 0.5, 0.75),
     )  # fmt: skip
 
 
@@ -108,6 +108,7 @@ def test_what_is_known_of_a_block_stands_in_its_devices_row() -> None:
         "node_received_ns": 10**12, "node_sent_ns": 10**12 + 50, "node_queue_ns": 15, "node_dequantise_ns": 16,
         "node_compute_ns": 17, "node_padding_ns": 18, "node_quantise_ns": 19,
         "down_ns": 20, "up_ns": 30, "clock_offset_s": -2.5, "clock_bound_ns": 25,
+        "predicted_compute_s": 0.25, "predicted_down_s": 0.5, "predicted_up_s": 0.75,
         "state_token_s": 1, "state_available": True, "state_age_s": 4,
         "state_base_s": 7, "state_expert_s": 10, "state_row_s": 13, "node_boot": 2,
     }  # fmt: skip
