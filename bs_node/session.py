@@ -77,7 +77,7 @@ class Session:
         if selection.deadline is not None:
             early_end = EarlyEnd(selection.deadline, self.dispatcher.dilation, blocks, len(hidden_TD))
         if self._probe_after_s is not None:
-            self._probe_the_unused(routing, state, blocks, hidden_TD.shape[1])
+            self._probe_the_unused(routing, state, blocks, hidden_TD.shape[1], self._probe_after_s)
         watcher = Watcher(self.settle, answered)
         return self.dispatcher.exchange(
             self.rounds, routing.layer, hidden_TD, blocks, watcher=watcher, early_end=early_end
@@ -96,11 +96,15 @@ class Session:
         else:
             self._learning.missed(outcome)
 
-    def _probe_the_unused(self, routing: Routing, state: State, blocks: Sequence[Block], width: int) -> None:
+    def _probe_the_unused(
+        self, routing: Routing, state: State, blocks: Sequence[Block], width: int, probe_after_s: float
+    ) -> None:
         """A device that the policy avoids would never show that it has recovered: ask it for a row now and then."""
         asked = {block.device for block in blocks}
+        useful_N = np.asarray(routing.holds_NE.any(axis=1))
         for device, node in enumerate(self._nodes):
-            if node.available and device not in asked and not state.age_s_N[device] < self._probe_after_s:
+            recent = state.age_s_N[device] < probe_after_s  # False where it was never measured
+            if node.available and useful_N[device] and device not in asked and not recent:
                 self.dispatcher.probe(device, routing.layer, int(routing.holds_NE[device].argmax()), width)
 
     def select(self, routing: Routing, state: State) -> Selection:

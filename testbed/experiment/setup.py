@@ -20,7 +20,7 @@ import zmq
 
 from testbed.checkpoint.manifest import Manifest, manifest_hash
 from testbed.config import RunConfig
-from testbed.experiment.emulation import NOTHING, Emulation
+from testbed.experiment.emulation import NOTHING, Emulation, make_channel
 from testbed.fleet.local import LocalFleet, prepare_fork_server
 from testbed.latency.estimator import Estimator
 from testbed.latency.known import KnownLatencies
@@ -44,6 +44,7 @@ def standing_testbed(
 
     Raises WdmoeError for what a user can mend.
     """
+    make_channel(config)  # what is wrong with a trace is told before anything is made
     split_dir, manifest = split_model(config)
     run_dir = new_run_directory(out or config.log.directory, config.name)
     write_config(run_dir, config_path.read_text())

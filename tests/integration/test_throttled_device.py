@@ -67,6 +67,7 @@ def test_a_device_ten_times_slower_is_avoided_within_a_prompt_and_used_again_wit
     assert (done.returncode, done.stderr) == (0, "")
     share = share_sent(Path(json.loads(done.stdout.splitlines()[-1])["directory"]))
     usual = share[:THROTTLED_FROM].mean()
-    assert (share[THROTTLED_FROM + 1 : RECOVERED_AT] < 0.5 * usual).all(), share
+    # about half is left: pairs whose weight is worth ten times the wait
+    assert (share[THROTTLED_FROM + 1 : RECOVERED_AT] < 0.65 * usual).all(), share
     assert share[RECOVERED_AT : RECOVERED_AT + 5].max() > 0.8 * usual, share
     assert share[RECOVERED_AT + 5 :].mean() > 0.8 * usual, share
