@@ -29,6 +29,8 @@ check: $(READY)  ## style, types, who may import whom
 bench: $(READY)  ## speed, as ratios within one run
 	$(BIN)/python benchmarks/codec.py
 	$(BIN)/python benchmarks/policies.py
+	$(BIN)/python benchmarks/allocation.py
+	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/estimator.py
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/fleet_start.py
@@ -45,7 +47,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bs,dev]"
-	$(BIN)/python -c "import bs_node.blocks, testbed.policies.selection, testbed.wire.quantization"  # compiles their loops, once
+	$(BIN)/python -c "import bs_node.blocks, bs_node.learning, testbed.policies.joint, testbed.wire.quantization"  # compiles their loops, once
 	touch $@
 
 ifeq ($(PYTHON310),)
@@ -57,6 +59,6 @@ test-310: $(READY310)
 
 $(READY310): pyproject.toml constraints.txt
 	$(PYTHON310) -m venv .venv310
-	.venv310/bin/python -m pip install --quiet --constraint constraints.txt --editable . hypothesis msgpack pytest pytest-timeout
+	.venv310/bin/python -m pip install --quiet --constraint constraints.txt --editable . hypothesis msgpack pytest pytest-timeout scipy
 	touch $@
 endif

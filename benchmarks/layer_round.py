@@ -16,7 +16,6 @@ The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import multiprocessing
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from testbed.collector import keep_what_is_loaded
 from testbed.wire.kept import KeptRows
 from testbed.wire.keys import enrolled_nodes, make_run_keys, read_pair, read_public
 from testbed.wire.quantization import SCHEMES, accumulate, dequantise, quantise
@@ -100,7 +100,7 @@ def round_node(port: int, name: str, keys: Path | None) -> None:
     from jetson_node.worker import Worker
     from testbed.wire.messages import PROTOCOL_VERSION, Hello
 
-    gc.freeze()  # as a node does once it is ready
+    keep_what_is_loaded()
     hello = Hello(PROTOCOL_VERSION, name, 1, manifest_sha256(), [1], {})
     link = Link(lambda: node_socket(port, name, keys), hello, 60.0)
     Worker(link, EchoExperts(), figures=Telemetry().figures, stop=lambda: False).run()
@@ -241,13 +241,13 @@ def our_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
         sockets, registry, run=1, enrolled=enrolled, heartbeat_ns=500_000_000, window_bytes=2**20,
         on_event=recorder.event,
     )  # fmt: skip
-    dispatcher = WirelessDispatcher(station, WireSettings("int8", "int8", 65536, 2**20, 0, 30.0), DEVICES)
+    dispatcher = WirelessDispatcher(station, WireSettings("int8", "int8", 65536, 2**20, 0, 30.0))
     session = Session(
         WLR(0.0), dispatcher, Estimator(DEVICES, *[INT8.row_bytes(WIDTH)] * 2), registry.nodes, recorder=recorder
     )
     module = SimpleNamespace(remote=RemoteLayer(0, manifest().holds_NE(0), None, session))
     station.wait_for_all(60.0, lambda: None)
-    gc.freeze()  # as the base station does once it is ready
+    keep_what_is_loaded()
     prepared: dict[int, Any] = {}
 
     def one(rows: int) -> None:

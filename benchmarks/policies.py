@@ -12,9 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from testbed.policies import WLR, Policy, Routing, State, TopK
+from testbed.policies.base import Air, Policy, Routing, State
+from testbed.policies.joint import Joint
+from testbed.policies.load_aware import LoadAware
+from testbed.policies.topk import TopK
+from testbed.policies.wlr import WLR
 
-GOALS_US = {"wlr_4_tokens_us": 60, "wlr_512_tokens_us": 400}
+GOALS_US = {"wlr_4_tokens_us": 60, "wlr_512_tokens_us": 400, "joint_512_tokens_us": 1500}
 
 
 def random_round(tokens: int, k: int, experts: int, devices: int) -> tuple[Routing, State]:
@@ -26,7 +30,8 @@ def random_round(tokens: int, k: int, experts: int, devices: int) -> tuple[Routi
     holds_NE = np.arange(devices)[:, None] == np.arange(experts) % devices
     token_s_N = rng.uniform(1e-3, 20e-3, devices)
     nothing_N = np.zeros(devices)
-    state = State(token_s_N, np.ones(devices, bool), nothing_N, nothing_N, nothing_N, token_s_N)
+    air = Air(100e6, 10 ** rng.uniform(7, 10, (2, devices)), np.tile(0.3 * token_s_N, (2, 1)))
+    state = State(token_s_N, np.ones(devices, bool), nothing_N, nothing_N, nothing_N, token_s_N, air)
     return Routing(0, expert_TK, weight_TK, holds_NE), state
 
 
@@ -41,7 +46,7 @@ def median_us(call: Callable[[], object], seconds: float = 0.5) -> float:
 
 def policy_costs() -> dict[str, float]:
     costs = {}
-    policies: list[Policy] = [TopK(), WLR(0.2)]
+    policies: list[Policy] = [TopK(), WLR(0.2), LoadAware(0.02), Joint(0.02)]
     for policy in policies:
         for tokens in (4, 512):
             for k, experts, suffix in ((2, 8, ""), (4, 64, "_k4_e64")):

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from bs_node.blocks import Block, Float32, Outcome
+from bs_node.blocks import Block, Float32, Outcome, PlainRows
 from bs_node.round import EarlyEnd
+from testbed.policies.base import FloatArray
 from testbed.runlog.schema import Status
 
 
@@ -35,6 +36,7 @@ class Dispatcher(Protocol):
     """Computes blocks of rows on devices."""
 
     dilation: float  # by how much emulated time is stretched now
+    air_ratio_WN: FloatArray | None  # how many times the even split's rate links have now; None: all 1
 
     def refresh(self) -> None:
         """Learn who is there, before a policy chooses among them."""
@@ -71,6 +73,7 @@ class InProcessDispatcher:
     """Every device's experts in this process, no wire: what the wireless dispatcher must equal."""
 
     dilation = 1.0
+    air_ratio_WN: FloatArray | None = None
 
     def __init__(self, experts_of_device: Sequence[LocalExperts]) -> None:
         self._experts = experts_of_device
@@ -97,6 +100,6 @@ class InProcessDispatcher:
         watcher.sent()
         for block in blocks:
             output_RD = self._experts[block.device].compute(layer, block.segments, hidden_TD[block.token_R])
-            outcomes.append(Outcome(block, Status.ANSWERED, output_RD))
+            outcomes.append(Outcome(block, Status.ANSWERED, PlainRows(output_RD)))
             watcher.answered(outcomes[-1])
         return outcomes, ExchangeTimes()

@@ -3,61 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
 from time import monotonic_ns
 from typing import Protocol
 
+import numpy as np
+
 from bs_node.blocks import Outcome
 from bs_node.registry import Node
-from testbed.latency.estimator import Lesson, Prediction
-from testbed.policies.base import BoolArray, State
+from testbed.latency.clock_kernels import NOTHING, split_times
+from testbed.latency.clock_sync import Clocks
+from testbed.latency.lessons import Floats, Ints
+from testbed.policies.base import BoolArray, FloatArray, State
 from testbed.runlog.schema import Status
+
+_STAMPS = attrgetter("bs_sent_ns", "node_received_ns", "node_sent_ns", "bs_received_ns")
 
 
 class Estimates(Protocol):
     """What is known of every device's latency; times in seconds of the emulated world."""
 
-    def teach(self, device: int, lesson: Lesson, now_s: float) -> None: ...
+    def teach_all(
+        self,
+        device_B: Ints,
+        what_B4: Ints,
+        seconds_B4: Floats,
+        air_ratio_B2: Floats,
+        now_s_B: Floats,
+    ) -> Floats:
+        """Learn from B blocks; predicted_s_B3 before that: compute, down, up."""
 
-    def teach_at_least(self, device: int, rows: int, experts: int, seconds: float, now_s: float) -> None: ...
-
-    def predict(self, device: int, rows: int, experts: int, bytes_down: int, bytes_up: int) -> Prediction: ...
+    def teach_at_least(
+        self, device: int, rows: int, experts: int, seconds: float, now_s: float, air_ratio: Sequence[float]
+    ) -> None: ...
 
     def forget(self, device: int) -> None:
         """The device is back as another process."""
 
     def state(self, phase: int, available_N: BoolArray, now_s: float) -> State: ...
 
+    def air_row_s_WN(self) -> FloatArray:
+        """Seconds of one row on the air at the even split; W: down, up."""
+
 
 class Learning:
-    """Turns outcomes into lessons, in seconds of the emulated world."""
+    """Turns outcomes into lessons, in seconds of the emulated world. Gives every node its clock, to compare them all
+    in one pass."""
 
     def __init__(self, estimates: Estimates, nodes: Sequence[Node]) -> None:
         self.estimates, self._nodes = estimates, nodes
         self._boots = [node.boot_id for node in nodes]
+        self._clocks = Clocks(len(nodes))
+        for node, clock in zip(nodes, self._clocks.of_N, strict=True):
+            node.clock = clock
 
-    def answered(self, outcome: Outcome) -> None:
-        """A block's reply is whole, in time or late: compare the clocks, split its time, teach. Fills the outcome."""
-        stamps = outcome.stamps
-        if stamps is None:
+    def answered(self, outcomes: Sequence[Outcome]) -> None:
+        """Blocks whose replies are whole, in time or late: compare clocks, split times, teach. Fills the outcomes.
+
+        Nothing is learnt from a block that was not on a wire.
+        """
+        sent = [outcome for outcome in outcomes if None not in _STAMPS(outcome)]
+        if not sent:
             return
-        bs_sent_ns, node_received_ns, node_sent_ns, bs_received_ns = stamps
-        residence_ns, rtt_ns = node_sent_ns - node_received_ns, bs_received_ns - bs_sent_ns
-        clock = self._nodes[outcome.block.device].clock
-        clock.exchange(*stamps)
-        link_ns = max(rtt_ns - residence_ns, 1)
-        real_ns = outcome.dilation * 1e9  # of one emulated second
-        lesson = Lesson(
-            outcome.block.rows, len(outcome.block.segments), outcome.bytes_down, outcome.bytes_up,
-            compute_s=residence_ns / real_ns, link_s=link_ns / real_ns,
-        )  # fmt: skip
-        ways = clock.one_way_times(*stamps)
-        if ways is not None:
-            shrink = min(1.0, link_ns / max(ways.down_ns + ways.up_ns, 1))  # together no more than the link took
-            outcome.down_ns, outcome.up_ns = int(ways.down_ns * shrink), int(ways.up_ns * shrink)
-            outcome.clock_offset_ns, outcome.clock_bound_ns = ways.offset_ns, ways.bound_ns
-            lesson = lesson._replace(down_s=outcome.down_ns / real_ns, up_s=outcome.up_ns / real_ns)
-        outcome.predicted = self.estimates.predict(outcome.block.device, *lesson[:4])
-        self.estimates.teach(outcome.block.device, lesson, bs_received_ns / 1e9)
+        facts = [(*_STAMPS(o), o.block.rows, len(o.block.segments), o.bytes_down, o.bytes_up) for o in sent]
+        facts_B8 = np.fromiter(chain.from_iterable(facts), np.int64, 8 * len(facts)).reshape(-1, 8)
+        stamps_B4, what_B4 = facts_B8[:, :4].copy(), facts_B8[:, 4:].copy()
+        device_B = np.array([outcome.block.device for outcome in sent])
+        real_ns_B = np.array([outcome.dilation * 1e9 for outcome in sent])  # of one emulated second
+        air_ratio_B2 = np.array([outcome.air_ratio for outcome in sent])
+        ways_B4, seconds_B4 = self._clocks.exchanges(device_B, stamps_B4), np.empty(stamps_B4.shape)
+        split_times(stamps_B4, ways_B4, real_ns_B, seconds_B4)
+        predicted_s_B3 = self.estimates.teach_all(device_B, what_B4, seconds_B4, air_ratio_B2, stamps_B4[:, 3] / 1e9)
+        for outcome, ways, predicted in zip(sent, ways_B4.tolist(), predicted_s_B3.tolist(), strict=True):
+            outcome.predicted = predicted
+            if ways[0] != NOTHING:
+                outcome.down_ns, outcome.up_ns, outcome.clock_offset_ns, outcome.clock_bound_ns = ways
 
     def state(self, phase: int, available_N: BoolArray) -> State:
         """What is known now. A node that came back as another process is learnt anew, its old fit being a guess."""
@@ -75,4 +96,6 @@ class Learning:
         now_ns = monotonic_ns()
         waited_s = (now_ns - outcome.bs_sent_ns) / outcome.dilation / 1e9
         block = outcome.block
-        self.estimates.teach_at_least(block.device, block.rows, len(block.segments), waited_s, now_ns / 1e9)
+        self.estimates.teach_at_least(
+            block.device, block.rows, len(block.segments), waited_s, now_ns / 1e9, outcome.air_ratio
+        )

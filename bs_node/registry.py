@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bs_node.power import BoardPower
 from testbed.checkpoint.manifest import Manifest, manifest_hash
 from testbed.latency.clock_sync import ClockSync
 from testbed.wire.messages import PROTOCOL_VERSION, Hello
@@ -25,6 +26,7 @@ class Node:
     broken_messages: int = 0
     emulated: dict[str, float | None] = field(default_factory=dict)
     figures: dict[str, float | None] = field(default_factory=dict)
+    power: BoardPower = field(default_factory=BoardPower)
     clock: ClockSync = field(default_factory=ClockSync)  # of this boot
 
     @property

@@ -22,7 +22,7 @@ from bs_node.rows import RoundTimes
 from bs_node.session import Session
 from testbed.checkpoint.manifest import Manifest
 from testbed.policies.base import Routing
-from testbed.policies.selection import surviving_weights
+from testbed.policies.selection import arrived_weights
 
 IMPLEMENTATION = "wdmoe_remote"
 
@@ -59,8 +59,8 @@ def remote_experts(
 
     arrived_TK = arrived(outcomes, selection.device_TK)
     final_TK, out_TD = selection.weight_TK, combiner.out_TD
-    if any(outcome.output_RD is None for outcome in outcomes):
-        final_TK = surviving_weights(routing, arrived_TK)
+    if any(outcome.output is None for outcome in outcomes):
+        final_TK = arrived_weights(selection, arrived_TK)
         out_TD = combine(outcomes, final_TK, np.zeros_like(hidden))
     times.combined(combiner.spent_ns)
 

@@ -14,7 +14,7 @@ from testbed.policies.base import Deadline
 from testbed.runlog.schema import Status
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import Credit, Rejected, ReplyPart, RequestPart, encode
-from testbed.wire.parts import Assembler, part_rows
+from testbed.wire.parts import ReceivedRows, part_rows
 
 CLOCKS_DIFFER = 1e-3  # at most: a node's second is that much longer or shorter than ours
 
@@ -28,14 +28,14 @@ class Transfer:
         rows_TB: NDArray[np.uint8],
         request: RequestPart,
         window_bytes: int,
-        rooms: tuple[KeptRows[np.uint8], KeptRows[np.float32]],
+        payload_room: KeptRows[np.uint8],
     ) -> None:
-        """`request` is the header of the first part; `rooms` are where payloads are gathered and the reply is kept."""
+        """`request` is the header of the first part; in `payload_room` payloads are gathered, one at a time."""
         self.outcome = Outcome(block, Status.LOST)
         self._request, self._rows_TB, self._window_bytes = request, rows_TB, window_bytes
-        self._payload_room, self._reply_room = rooms
+        self._payload_room = payload_room
         self._next_part = self._sent_bytes = self._credited_bytes = 0
-        self._reply: Assembler | None = None
+        self._reply: ReceivedRows | None = None
 
     @property
     def all_sent(self) -> bool:
@@ -86,7 +86,7 @@ class Transfer:
         if (part.rows, part.width, part.padded_width, part.scheme) != wanted:
             raise MessageError(f"reply of {part.rows} x {part.width} {part.scheme} is not what was asked for")
         if self._reply is None:
-            self._reply = Assembler(part, self._reply_room)
+            self._reply = ReceivedRows(part)
         complete = self._reply.add(part, payload)
         self.outcome.bytes_up += len(payload)
         self.outcome.parts_up += 1
@@ -95,7 +95,7 @@ class Transfer:
     def complete(self, part: ReplyPart, now_ns: int) -> None:
         note_times(self.outcome, part, now_ns)
         self.outcome.status = Status.ANSWERED
-        self.outcome.output_RD = self._reply.block_RD if self._reply is not None else None
+        self.outcome.output = self._reply
 
 
 def note_times(outcome: Outcome, last: ReplyPart, now_ns: int) -> None:
@@ -134,12 +134,26 @@ class EarlyEnd:
 class Round:
     """All transfers of one round. `waiting` are the devices that still owe a reply."""
 
-    def __init__(self, run: int, number: int, transfers: Sequence[Transfer]) -> None:
+    def __init__(self, run: int, number: int, transfers: Sequence[Transfer] = ()) -> None:
         self.run, self.number = run, number
-        self.transfers = {transfer.outcome.block.device: transfer for transfer in transfers}
-        self.waiting = set(self.transfers)
-        self.all_sent = False
+        self.transfers: dict[int, Transfer] = {}
+        self.waiting: set[int] = set()
+        self.all_sent = False  # as far as `unsent` last saw
         self._ended: list[Outcome] = []
+        for transfer in transfers:
+            self.add(transfer)
+
+    def add(self, transfer: Transfer) -> None:
+        device = transfer.outcome.block.device
+        self.transfers[device] = transfer
+        self.waiting.add(device)
+
+    def unsent(self) -> list[Transfer]:
+        """Those of which parts are still to be sent, in the order of their devices."""
+        waiting = (self.transfers[device] for device in sorted(self.waiting))
+        unsent = [transfer for transfer in waiting if not transfer.all_sent]
+        self.all_sent = not unsent
+        return unsent
 
     def take(self, device: int, message: Credit | ReplyPart | Rejected, payload: memoryview, now_ns: int) -> bool:
         """A message of this round from a device. False where it belongs to another round (late, or never asked).

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from math import nan
 from operator import attrgetter
 from time import monotonic_ns
 from typing import Any, NamedTuple
@@ -38,6 +40,9 @@ OF_OUTCOME = (
 )  # fmt: skip
 
 
+UNPREDICTED = (nan, nan, nan)
+ASKED = ("bandwidth_hz", "asked_down_bits_per_s", "asked_up_bits_per_s")
+MEASURED = {"measured_down_bits_per_s": "down", "measured_up_bits_per_s": "up"}
 IN_SECONDS = ("clock_offset_s", "predicted_compute_s", "predicted_down_s", "predicted_up_s")
 
 
@@ -70,6 +75,10 @@ class RoundTimes:
         before_ns, self.last_ns = self.last_ns, monotonic_ns()
         return self.last_ns - before_ns
 
+    @property
+    def round_ns(self) -> int:
+        return self.last_ns - self.started_ns
+
     def columns(self) -> dict[str, int]:
         return {
             "select_ns": self.select_ns,
@@ -78,7 +87,7 @@ class RoundTimes:
             "wait_ns": self.exchange.wait_ns,
             "dequantise_ns": self.exchange.dequantise_ns,
             "combine_ns": self.combine_ns,
-            "round_ns": self.last_ns - self.started_ns,
+            "round_ns": self.round_ns,
         }
 
 
@@ -93,10 +102,13 @@ class Finished(NamedTuple):
     arrived_TK: BoolArray
     final_TK: FloatArray
     times: RoundTimes
+    asked_3N: FloatArray | None = None  # Hz, bit/s down, bit/s up
 
 
 def orphaned(routing: Routing, arrived_TK: BoolArray) -> BoolArray:
     """orphaned_T: tokens that the gate gave experts, of which none answered."""
+    if arrived_TK.all():
+        return np.zeros(len(arrived_TK), bool)
     return np.asarray(~arrived_TK.any(axis=1) & routed(routing).any(axis=1))
 
 
@@ -129,6 +141,7 @@ class Rows:
         tokens = {
             "expert": done.routing.expert_TK,
             "weight": done.routing.weight_TK,
+            "asked": done.routing.expert_TK if done.selection.expert_TK is None else done.selection.expert_TK,
             "kept": done.arrived_TK,
             "device": done.selection.device_TK,
             "final_weight": done.final_TK,
@@ -137,19 +150,38 @@ class Rows:
         if self._keep_scores and done.routing.score_TE is not None:
             tokens["score"] = done.routing.score_TE
         self._fill(done.outcomes)
-        return {**done.keys, **done.times.columns(), **state_columns(done.state), **self._column_of}, tokens
+        rounds = {**done.keys, **done.times.columns(), **state_columns(done.state), **self._column_of}
+        if done.asked_3N is not None:
+            rounds |= zip(ASKED, done.asked_3N, strict=True)
+            rounds |= {name: self._rate(way, done.keys["dilation"]) for name, way in MEASURED.items()}
+        return rounds, tokens
+
+    def _rate(self, way: str, dilation: float) -> FloatArray:
+        air_ns_N, bits_N = self._column_of[f"{way}_ns"], 8.0 * self._column_of[f"bytes_{way}"]
+        rate_N: FloatArray = np.full(len(bits_N), nan)
+        np.divide(bits_N * dilation * 1e9, air_ns_N, out=rate_N, where=air_ns_N > 0)
+        return rate_N
 
     def _fill(self, outcomes: Sequence[Outcome]) -> None:
         """Zero, or unknown for a time, for the devices that were sent nothing."""
         self._table_DC[:] = self._nothing_C
         self._seconds_CD[:] = np.nan
-        for outcome in outcomes:
-            if outcome.clock_offset_ns is not None:
-                self._seconds_CD[0, outcome.block.device] = outcome.clock_offset_ns / 1e9
-            if outcome.predicted is not None:
-                self._seconds_CD[1:, outcome.block.device] = outcome.predicted
-            values = (outcome.status, outcome.block.rows, len(outcome.block.segments), *_OUTCOME_VALUES(outcome))
-            self._table_DC[outcome.block.device] = [-1 if value is None else value for value in values]
+        if not outcomes:
+            return
+        device_B = [outcome.block.device for outcome in outcomes]
+        values = [(o.status, o.block.rows, len(o.block.segments), *_OUTCOME_VALUES(o)) for o in outcomes]
+        try:
+            table_B = np.fromiter(chain.from_iterable(values), np.int64, len(values) * self._table_DC.shape[1])
+        except TypeError:  # something is unknown
+            known = (-1 if value is None else value for value in chain.from_iterable(values))
+            table_B = np.fromiter(known, np.int64, len(values) * self._table_DC.shape[1])
+        self._table_DC[device_B] = table_B.reshape(len(values), -1)
+        seconds = [(_in_seconds(o.clock_offset_ns), *(o.predicted or UNPREDICTED)) for o in outcomes]
+        self._seconds_CD[:, device_B] = np.array(seconds).T
+
+
+def _in_seconds(time_ns: int | None) -> float:
+    return nan if time_ns is None else time_ns / 1e9
 
 
 _OUTCOME_VALUES = attrgetter(*OF_OUTCOME)

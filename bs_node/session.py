@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import monotonic_ns
 
 import numpy as np
 
+from bs_node.band import Band, BandPlan
 from bs_node.blocks import Block, Combiner, Float32, Outcome, group
 from bs_node.dispatcher import Dispatcher, ExchangeTimes, Watcher
 from bs_node.learning import Estimates, Learning
@@ -16,11 +18,14 @@ from bs_node.round import EarlyEnd
 from bs_node.rows import Finished, RoundTimes, Rows, orphaned
 from testbed.errors import ConfigError, OrphanedTokensError
 from testbed.policies.base import BoolArray, FloatArray, Policy, Routing, Selection, State
+from testbed.policies.selection import dropped_share
+from testbed.policies.steering import Steered
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase, Status
 
 FLUSH_EVERY_NS = 1_000_000_000
 QUICK_NS = 5_000_000  # a lesson of a round trip below this may wait for the next round: it is no older for it
+SHARES_SUM_WITHIN = 1e-6
 ROWS_AT_JOIN = (1, 8)  # two sizes: one alone cannot tell a block's cost from its rows'
 
 
@@ -41,7 +46,10 @@ class Session:
         keep_scores: bool = True,
         fail_on_orphans: bool = False,
         probe_after_s: float | None = None,
+        band: Band | None = None,
     ) -> None:
+        """`band` is None where there is nothing to share out."""
+        self.band, self.plan = band, BandPlan()
         self.policy, self.dispatcher = policy, dispatcher
         self.policy_index, self.prompt, self.phase = 0, 0, GenerationPhase.PREFILL
         self.rounds = 0
@@ -56,10 +64,15 @@ class Session:
     def state(self) -> State:
         """What the policy may know now."""
         self.dispatcher.refresh()
-        for outcome in self.dispatcher.collect_late():
-            self._learning.answered(outcome)
+        self._learning.answered(self.dispatcher.collect_late())
         available_N = np.array([node.available for node in self._nodes])
-        return self._learning.state(self.phase, available_N)
+        state = self._learning.state(self.phase, available_N)
+        if self.band is None:
+            return state
+        measured_s_WN = self._learning.estimates.air_row_s_WN()
+        air = self.band.air(measured_s_WN)
+        longer_s_N = (air.row_s_WN - measured_s_WN).sum(axis=0)  # where the links' state is told, not measured
+        return replace(state, air=air, row_s_N=state.row_s_N + longer_s_N, token_s_N=state.token_s_N + longer_s_N)
 
     def exchange(
         self, routing: Routing, state: State, selection: Selection, hidden_TD: Float32, combiner: Combiner
@@ -69,11 +82,12 @@ class Session:
         def answered(outcome: Outcome) -> None:
             combiner.take(outcome)
             if (outcome.rtt_ns or 0) > QUICK_NS:
-                self._learning.answered(outcome)
+                self._learning.answered([outcome])
             else:
                 self._still_to_learn.append(outcome)
 
         blocks, early_end = combiner.blocks, None
+        self._share_band(blocks, state, selection)
         if selection.deadline is not None:
             early_end = EarlyEnd(selection.deadline, self.dispatcher.dilation, blocks, len(hidden_TD))
         if self._probe_after_s is not None:
@@ -82,6 +96,21 @@ class Session:
         return self.dispatcher.exchange(
             self.rounds, routing.layer, hidden_TD, blocks, watcher=watcher, early_end=early_end
         )
+
+    def begin_prompt(self, prompt: int, dilation: float) -> None:
+        """Channel and nodes are those of this prompt from now on, and the band is shared evenly."""
+        self.prompt, self.dispatcher.dilation = prompt, dilation
+        if self.band is not None:
+            self.band.give(None)
+            self.dispatcher.air_ratio_WN = None
+
+    def _share_band(self, blocks: Sequence[Block], state: State, selection: Selection) -> None:
+        """As the policy decided, or as the plan says."""
+        if self.band is None or state.air is None:
+            return
+        share_N = selection.bandwidth_share_N
+        self.band.give(self.plan.share_N(blocks, state, self.prompt) if share_N is None else share_N)
+        self.dispatcher.air_ratio_WN = self.band.air_ratio_WN(state.air)
 
     def probe_at_join(self, prober: Prober) -> None:
         """A first idea of every device that is there: one row, then a few."""
@@ -92,7 +121,7 @@ class Session:
 
     def _learn(self, outcome: Outcome) -> None:
         if outcome.status is Status.ANSWERED:
-            self._learning.answered(outcome)
+            self._learning.answered([outcome])
         else:
             self._learning.missed(outcome)
 
@@ -109,16 +138,26 @@ class Session:
 
     def select(self, routing: Routing, state: State) -> Selection:
         """The policy's answer, once it is one that can be carried out. Raises ConfigError, naming the policy."""
+        if isinstance(self.policy, Steered):
+            self.policy.begin(int(self.phase))
         selection = self.policy.select(routing, state)
-        device_TK, weight_TK = selection.device_TK, selection.weight_TK
-        if device_TK.shape != routing.expert_TK.shape or weight_TK.shape != routing.expert_TK.shape:
+        answers = selection.device_TK, selection.weight_TK, selection.expert_TK
+        if any(answer is not None and answer.shape != routing.expert_TK.shape for answer in answers):
             raise ConfigError(f"policy {self.policy.name}: answers must have the shape of expert_TK")
+        share_N, devices = selection.bandwidth_share_N, len(self._nodes)
+        if share_N is not None and not (
+            share_N.shape == (devices,) and (share_N >= 0).all() and abs(share_N.sum() - 1) < SHARES_SUM_WITHIN
+        ):
+            raise ConfigError(
+                f"policy {self.policy.name}: bandwidth shares must be {devices} numbers >= 0 summing to 1"
+            )
         return selection
 
     def group(self, routing: Routing, selection: Selection) -> list[Block]:
         """The blocks that the policy asks for. Raises ConfigError, naming the policy, where that is not possible."""
         try:
-            return group(routing.expert_TK, selection.device_TK, *routing.holds_NE.shape)
+            expert_TK = routing.expert_TK if selection.expert_TK is None else selection.expert_TK
+            return group(expert_TK, selection.device_TK, *routing.holds_NE.shape)
         except ValueError as error:
             raise ConfigError(f"policy {self.policy.name}: {error}") from None
 
@@ -134,7 +173,7 @@ class Session:
     ) -> None:
         """Learn from a round and keep it for the log. Raises OrphanedTokensError where the run file asks for that."""
         for outcome in outcomes:
-            if outcome.output_RD is None:
+            if outcome.output is None:
                 self._learning.missed(outcome)
         if self._recorder is not None:
             keys = {
@@ -147,9 +186,14 @@ class Session:
                 "dilation": self.dispatcher.dilation,
                 "node_boot": [2**64 - 1 if node.boot_id is None else node.boot_id for node in self._nodes],
             }
-            self._unwritten = Finished(keys, routing, state, selection, outcomes, arrived_TK, final_TK, times)
+            asked_3N = None if self.band is None or state.air is None else self.band.asked(state.air)
+            self._unwritten = Finished(keys, routing, state, selection, outcomes, arrived_TK, final_TK, times, asked_3N)
         self.rounds += 1
         self.on_round()
+        if isinstance(self.policy, Steered):
+            self.policy.observe(
+                int(self.phase), times.round_ns / self.dispatcher.dilation / 1e9, dropped_share(routing, selection)
+            )
         if self._fail_on_orphans and (lost := int(orphaned(routing, arrived_TK).sum())):
             raise OrphanedTokensError(
                 f"round {self.rounds - 1}, layer {routing.layer}: {lost} tokens lost all their "
@@ -158,8 +202,7 @@ class Session:
 
     def settle(self) -> None:
         """Learn what could wait and write the last round's rows. A round does so once it has sent its own requests."""
-        for outcome in self._still_to_learn:
-            self._learning.answered(outcome)
+        self._learning.answered(self._still_to_learn)
         self._still_to_learn.clear()
         if self._recorder is None or self._unwritten is None:
             return

@@ -14,7 +14,7 @@ import zmq
 from numpy.typing import NDArray
 
 from bs_node.registry import Node, Registry
-from testbed.errors import MessageError, NodeError
+from testbed.errors import ConfigError, MessageError, NodeError
 from testbed.wire.messages import (
     Credit,
     Echo,
@@ -25,6 +25,7 @@ from testbed.wire.messages import (
     Refuse,
     Rejected,
     ReplyPart,
+    Shape,
     Welcome,
     decode_from_node,
     encode,
@@ -32,6 +33,7 @@ from testbed.wire.messages import (
 from testbed.wire.sockets import StationSocket, send_frames
 
 BROKEN_MESSAGES_ALLOWED = 8
+LOOK_EVERY_NS = 5_000_000  # between rounds that follow each other at once
 EMPTY = memoryview(b"")
 
 EventSink = Callable[..., None]
@@ -67,8 +69,10 @@ class Station:
         self._sockets, self._enrolled, self._on_event = sockets, enrolled, on_event
         self._welcome = encode(Welcome(run, heartbeat_ns, window_bytes))
         self.gone: set[int] = set()  # devices lost since a round last asked
+        self._looked_ns = 0  # after connections, and for silent nodes
         self._over = False  # after goodbye nobody is lost by leaving
         self.refusals: dict[str, str] = {}  # device -> why it was refused
+        self._shape_of: dict[int, bytes] = {}  # device -> what it was asked last
 
     def receive(self, timeout_ms: float) -> Mail | None:
         """The next mail of a round, all else that comes before it dealt with; None if nothing comes in the timeout."""
@@ -77,9 +81,12 @@ class Station:
             if mail is not None:
                 return mail
             timeout_ms = 0
-        self._watch_connections()
-        for node in self.registry.newly_silent(time.monotonic_ns()):  # while messages come, nobody is suspected
-            self._lose(node, "silent")
+        now_ns = time.monotonic_ns()
+        if timeout_ms > 0 or now_ns - self._looked_ns > LOOK_EVERY_NS:
+            self._looked_ns = now_ns
+            self._watch_connections()
+            for node in self.registry.newly_silent(now_ns):  # while messages come, nobody is suspected
+                self._lose(node, "silent")
         return None
 
     def _open(self, frames: list[zmq.Frame]) -> Mail | None:
@@ -109,8 +116,9 @@ class Station:
         return None
 
     def _beat(self, node: Node, heartbeat: Heartbeat, now: int) -> None:
-        """Compare the clocks, and answer for the next comparison."""
+        """Compare the clocks, and answer for the next comparison; report the board's power."""
         node.figures = heartbeat.figures
+        node.power.tell(node.name, node.joins, heartbeat, now, self._on_event)
         try:
             if heartbeat.echoed is None:
                 node.clock.one_way_up(heartbeat.sent_ns, now)
@@ -141,6 +149,8 @@ class Station:
         if known is None:
             self._on_event("node_joined", device=node.name, boot_id=hello.boot_id, joins=node.joins)
         self._post(first_frame.bytes, self._welcome)
+        if node.index in self._shape_of:  # a welcome lifts its limit
+            self._post(first_frame.bytes, self._shape_of[node.index])
 
     def broken(self, node: Node | None, error: MessageError) -> None:
         """A message that breaks the rules: counted, and after a few of them the node is no longer listened to."""
@@ -182,13 +192,29 @@ class Station:
             return False
         return True
 
-    def _post(self, routing_id: bytes, header: bytes) -> None:
-        """A small message; whoever is gone does not get it."""
+    def shape(self, node: Node, up_bits_per_s: float) -> bool:
+        """Ask a node to shape what it sends us to this rate of TCP payload, now and after each welcome.
+
+        In force once it has read this: before whatever is sent to it later. A node that was not started with
+        --shape-interface says so in its output and ignores it. False where it is away (its welcome will tell it) or
+        its queue is full: ask again. Raises ConfigError unless the rate is from 1 kbit/s to 100 Gbit/s.
+        """
+        try:
+            header = encode(Shape(float(up_bits_per_s)))
+        except ValueError as error:
+            raise ConfigError(f"rate shaping: {node.name}: {error}") from None
+        self._shape_of[node.index] = header
+        return node.routing_id is not None and self._post(node.routing_id, header)
+
+    def _post(self, routing_id: bytes, header: bytes) -> bool:
+        """A small message; whoever is gone does not get it, nor who has too many to read: False."""
         try:
             send_frames(self._sockets.socket, routing_id, header)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
+            return False
+        return True
 
     def wait_for_all(self, timeout_s: float, still_possible: Callable[[], None]) -> None:
         """Until every device has joined. Raises NodeError naming those that did not, or why one was refused.

@@ -15,6 +15,7 @@ from bs_node.late import LateReplies
 from bs_node.round import EarlyEnd, Round, Transfer
 from bs_node.station import Mail, Station
 from testbed.errors import MessageError
+from testbed.policies.base import FloatArray
 from testbed.runlog.schema import Status
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import RequestPart
@@ -41,11 +42,11 @@ class WireSettings:
 class WirelessDispatcher:
     """Blocks to real nodes. Never waits longer than the deadline, whatever a node does."""
 
-    def __init__(self, station: Station, settings: WireSettings, devices: int) -> None:
+    def __init__(self, station: Station, settings: WireSettings) -> None:
         self._station, self._settings = station, settings
         self._quantised, self._payload = KeptRows(np.uint8), KeptRows(np.uint8)
-        self._replies = [KeptRows(np.float32) for _ in range(devices)]
         self.dilation = 1.0
+        self.air_ratio_WN: FloatArray | None = None
         self.late = LateReplies()
         self._probes = 0
 
@@ -92,12 +93,15 @@ class WirelessDispatcher:
         rows_TB = quantise(hidden_TD, SCHEMES[self._settings.down], self._quantised, self._settings.padded_width)
         times.quantise_ns = monotonic_ns() - started_ns
         width = hidden_TD.shape[1]
-        transfers = [self._transfer(block, rows_TB, number, layer, width) for block in blocks]
-        current = Round(self._station.run, number, transfers)
+        current, refused = Round(self._station.run, number), False
         self._station.gone.clear()
+        for block in blocks:  # the first computes while the last is sent to
+            transfer = self._transfer(block, rows_TB, number, layer, width)
+            current.add(transfer)
+            refused |= self._send_to(transfer, times)
         deadline_ns = started_ns + int(self._settings.reply_s * 1e9)
-        self._carry_out(current, times, deadline_ns, watcher, early_end)
-        for transfer in transfers:
+        self._carry_out(current, refused, times, deadline_ns, watcher, early_end)
+        for transfer in current.transfers.values():
             if transfer.outcome.status is Status.LATE and transfer.all_sent:
                 self.late.expect(number, transfer.outcome)
         return current.outcomes(), times
@@ -109,15 +113,22 @@ class WirelessDispatcher:
             self._station.run, number, 0, layer, 0, parts, block.rows, width, padded, settings.down, settings.up,
             block.segments,
         )  # fmt: skip
-        rooms = self._payload, self._replies[block.device]
-        transfer = Transfer(block, rows_TB, request, settings.window_bytes, rooms)
+        transfer = Transfer(block, rows_TB, request, settings.window_bytes, self._payload)
         transfer.outcome.dilation = self.dilation
+        if self.air_ratio_WN is not None:
+            transfer.outcome.air_ratio = tuple(self.air_ratio_WN[:, block.device].tolist())
         return transfer
 
     def _carry_out(
-        self, current: Round, times: ExchangeTimes, deadline_ns: int, watcher: Watcher, early_end: EarlyEnd | None
+        self,
+        current: Round,
+        refused: bool,
+        times: ExchangeTimes,
+        deadline_ns: int,
+        watcher: Watcher,
+        early_end: EarlyEnd | None,
     ) -> None:
-        unsent = self._send_what_fits(current, times)
+        """Until all have answered or the deadline. `refused`: some queue had no room for a part."""
         watcher.sent()
         while True:
             for device in self._station.gone & current.waiting:
@@ -131,34 +142,25 @@ class WirelessDispatcher:
             left_ms = (deadline_ns - waited_from_ns) / 1e6
             if not current.waiting or left_ms <= 0:
                 break
-            mail = self._station.receive(min(left_ms, FULL_QUEUE_RETRY_MS if unsent else LIVENESS_CHECK_MS))
+            mail = self._station.receive(min(left_ms, FULL_QUEUE_RETRY_MS if refused else LIVENESS_CHECK_MS))
             times.wait_ns += monotonic_ns() - waited_from_ns
             if mail is not None:
                 self._take(current, mail, times)
             if not current.all_sent:
-                unsent = self._send_what_fits(current, times)
+                refused = sum(self._send_to(transfer, times) for transfer in current.unsent()) > 0
         for device in list(current.waiting):
             current.give_up(device, Status.LATE)
 
-    def _send_what_fits(self, current: Round, times: ExchangeTimes) -> bool:
-        """Device after device, until windows or queues are full: the first computes while the last is sent to.
-
-        True if a queue refused a part.
-        """
-        refused = False
-        current.all_sent = True
-        for device in sorted(current.waiting):
-            transfer = current.transfers[device]
-            sent: bool | None = True
-            while sent and not transfer.all_sent:
-                started_ns = monotonic_ns()
-                sent = self._send_part(transfer, started_ns)
-                spent_ns = monotonic_ns() - started_ns
-                transfer.outcome.send_ns += spent_ns
-                times.send_ns += spent_ns
-            refused |= sent is None
-            current.all_sent &= transfer.all_sent
-        return refused
+    def _send_to(self, transfer: Transfer, times: ExchangeTimes) -> bool:
+        """Parts until all are sent or the window or the queue is full. True if the queue refused one."""
+        sent: bool | None = True
+        while sent and not transfer.all_sent:
+            started_ns = monotonic_ns()
+            sent = self._send_part(transfer, started_ns)
+            spent_ns = monotonic_ns() - started_ns
+            transfer.outcome.send_ns += spent_ns
+            times.send_ns += spent_ns
+        return sent is None
 
     def _send_part(self, transfer: Transfer, now_ns: int) -> bool | None:
         """True: sent. False: nothing to send for now. None: the socket has no room."""

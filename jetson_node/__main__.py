@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import multiprocessing
 import os
@@ -11,8 +10,10 @@ import re
 import secrets
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,8 +23,10 @@ from jetson_node.pacing import Pacing
 from jetson_node.telemetry import Telemetry
 from jetson_node.worker import Worker
 from testbed.checkpoint.manifest import Manifest, load_manifest, manifest_hash
+from testbed.collector import keep_what_is_loaded
 from testbed.errors import ConfigError, WdmoeError
 from testbed.latency.model import ComputeModel
+from testbed.shaping import UplinkShaper
 from testbed.wire.keys import read_pair, read_public
 from testbed.wire.messages import PROTOCOL_VERSION, Hello
 from testbed.wire.sockets import NodeSocket
@@ -91,6 +94,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--emulated-expert-s", type=seconds, default=0.0, help="... and at least so long to read an expert")
     p.add_argument("--emulated-base-s", type=seconds, default=0.0, help="... after so long for the block itself")
     p.add_argument("--pace-file", type=Path, help="a number in a file that multiplies the emulated time, live")
+    p.add_argument(
+        "--shape-interface", metavar="NAME", help="shape what is sent to the station as it asks (tc, CAP_NET_ADMIN)"
+    )
     p.add_argument("--join-timeout-s", type=seconds, default=30.0, help="give up when not taken in; 0 waits for ever")
     p.add_argument("--stop-with-parent", action="store_true", help="end when the process that started this one ends")
     return p
@@ -100,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a node until the base station says goodbye. Returns the exit code; a mistake is one line on stderr."""
     try:
         args = parser().parse_args(argv)
-        _serve(args, _stop_condition(args.stop_with_parent))
+        stop = _stop_condition(args.stop_with_parent)
+        with _uplink(args) as shaper:
+            _serve(args, stop, shaper)
     except WdmoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -109,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve(args: argparse.Namespace, stop: Callable[[], bool]) -> None:
+def _serve(args: argparse.Namespace, stop: Callable[[], bool], shaper: UplinkShaper | None) -> None:
     manifest = load_manifest(args.shards)
     if args.name not in manifest.devices:
         raise ConfigError(f"--name {args.name}: not a device of {args.shards} (it has {', '.join(manifest.devices)})")
@@ -118,9 +126,9 @@ def _serve(args: argparse.Namespace, stop: Callable[[], bool]) -> None:
         args.shards, manifest, args.name, backend=args.backend, dtype=args.dtype, threads=args.threads
     )
     experts.warm_up()
-    gc.freeze()  # what is loaded stays: no collection needs to look at it again
+    keep_what_is_loaded()
     telemetry = Telemetry()
-    link = Link(make_socket, _hello(args, manifest, pacing), args.join_timeout_s)
+    link = Link(make_socket, _hello(args, manifest, pacing), args.join_timeout_s, shaper=shaper)
     worker = Worker(
         link,
         experts,
@@ -154,6 +162,17 @@ def _socket_maker(args: argparse.Namespace) -> Callable[[], NodeSocket]:
         raise ConfigError("--keys is missing: name the folder with this device's keys, or type --insecure")
     keys, station_public = read_pair(args.keys, args.name), read_public(args.keys / "bs.pub")
     return lambda: NodeSocket(args.station, keys, station_public)
+
+
+def _uplink(args: argparse.Namespace) -> AbstractContextManager[UplinkShaper | None]:
+    if args.shape_interface is None:
+        return nullcontext()
+    host = args.station.removeprefix("tcp://").rsplit(":", 1)[0]
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise ConfigError(f"--station {args.station}: no address for {host}: {error.strerror}: give one") from None
+    return UplinkShaper(args.shape_interface, address)
 
 
 def _pacing(args: argparse.Namespace) -> Pacing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import zmq
 from numpy.typing import NDArray
 
 from testbed.errors import MessageError, NodeError, RefusedError
+from testbed.shaping import UplinkShaper
 from testbed.wire.messages import (
     Echo,
     Goodbye,
@@ -18,6 +20,7 @@ from testbed.wire.messages import (
     Message,
     Refuse,
     RequestPart,
+    Shape,
     Welcome,
     decode_from_base_station,
     encode,
@@ -34,6 +37,7 @@ class Link:
 
     `make_socket` is called again after a refused handshake: ZeroMQ never retries one by itself.
     `join_timeout_s` bounds the time without a welcome from the start (NodeError); 0 waits for ever.
+    `shaper` puts in force what the base station asks of our uplink; without one that is ignored, and said once.
     """
 
     def __init__(
@@ -42,8 +46,10 @@ class Link:
         hello: Hello,
         join_timeout_s: float,
         now_ns: Callable[[], int] = time.monotonic_ns,
+        shaper: UplinkShaper | None = None,
     ) -> None:
         self._make_socket, self._hello, self._now_ns = make_socket, hello, now_ns
+        self._shaper, self._told_unshaped = shaper, False
         self._socket = make_socket()
         self._welcomed = self._ever_welcomed = False
         self.over = False
@@ -110,12 +116,16 @@ class Link:
         self._on_own(message)
         return None
 
-    def _on_own(self, message: Welcome | HelloAgain | Refuse | Echo | Goodbye) -> None:
+    def _on_own(self, message: Welcome | HelloAgain | Refuse | Echo | Shape | Goodbye) -> None:
         now = self._now_ns()
         if isinstance(message, Welcome):
             self._welcomed = self._ever_welcomed = True
             self.heartbeat_ns, self.window_bytes = message.heartbeat_ns, message.window_bytes
             self._next_heartbeat_ns = now + message.heartbeat_ns
+            if self._shaper is not None:
+                self._shaper.lift()  # what another run asked is over
+        elif isinstance(message, Shape):
+            self._shape(message.up_bits_per_s)
         elif isinstance(message, Echo):
             self.echoed = (message.sent_ns, now)
         elif isinstance(message, HelloAgain):
@@ -124,6 +134,18 @@ class Link:
             raise RefusedError(f"{self._hello.device}: refused by the base station: {message.reason}")
         else:
             self.over = True
+
+    def _shape(self, up_bits_per_s: float) -> None:
+        if self._shaper is not None:
+            self._shaper.set_rate(up_bits_per_s)
+        elif not self._told_unshaped:
+            self._told_unshaped = True
+            asked = f"the base station asks for an uplink of {up_bits_per_s:g} bit/s"
+            print(
+                f"{self._hello.device}: {asked}: ignored, as this node was started without --shape-interface",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def send(self, message: Message) -> bool:
         """Send a small message; False where there is no connection to take it."""

@@ -42,7 +42,7 @@ class Rack:
     def wireless(self, down: str = "fp32", up: str = "fp32", part_bytes: int = 65536) -> WirelessDispatcher:
         """A dispatcher over this rack's sockets. Of several, only one may be in a round."""
         settings = WireSettings(down, up, part_bytes, window_bytes=2**20, padded_width=0, reply_s=REPLY_S)
-        return WirelessDispatcher(self.station, settings, len(self.manifest.devices))
+        return WirelessDispatcher(self.station, settings)
 
     def session(self, dispatcher: Dispatcher) -> Session:
         """Nothing is logged; policy and dispatcher may be exchanged between two rounds."""

@@ -129,6 +129,7 @@ class Connection:
     def deliver(self, stream: Stream, now_ns: int) -> None:
         """Hand on what is due, as far as the receiver takes it."""
         due = [parcel for parcel in islice(stream.flying, PIECES_AT_ONCE) if parcel.due_ns <= now_ns]
+        out_ns = time.monotonic_ns()  # before: the receiver may run first
         try:
             sent = stream.sink.sendmsg([parcel.content for parcel in due])
         except BlockingIOError:
@@ -137,12 +138,11 @@ class Connection:
             self._abandon(stream, now_ns)
             return
         stream.queued_bytes -= sent
-        self._delivered(stream, due, sent)
+        self._delivered(stream, due, sent, out_ns)
         if not self._closed:
             self._watch_both()
 
-    def _delivered(self, stream: Stream, due: list[Parcel], sent: int) -> None:
-        out_ns = time.monotonic_ns()
+    def _delivered(self, stream: Stream, due: list[Parcel], sent: int, out_ns: int) -> None:
         for parcel in due:
             if sent < len(parcel.content):
                 parcel.content = parcel.content[sent:]

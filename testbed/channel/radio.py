@@ -54,6 +54,7 @@ class Effect(IntEnum):
     BLOCKAGE = 2
     FADING_DOWN = 3
     FADING_UP = 4
+    REPORT = 5
 
 
 def placements(section: PlacementSection, devices: int, seed: int | None = None) -> FloatArray:
@@ -74,7 +75,7 @@ class RadioChannel:
         distance_m_N = np.asarray(distance_m_N, float)
         _check_distances(distance_m_N)
         devices = len(distance_m_N)
-        self._section = section
+        self._section, self._seed = section, seed
         self._mean_gain_N = amplitude_gain(path_loss_db(distance_m_N, section.carrier_ghz))
         _check_rates(self.mean_links(), distance_m_N)
         shadow_db_N = section.shadowing_db * _normals(_streams(seed, Effect.SHADOWING, devices))
@@ -88,6 +89,22 @@ class RadioChannel:
     def links(self, prompt: int, time_s: float = 0.0) -> Links:  # noqa: ARG002 (a Channel is asked with both)
         """The rates during `prompt` (from 0 on), constant for its whole length: block fading."""
         return self._rates(self.gains(prompt))
+
+    def shared_links(self, prompt: int, share_N: FloatArray) -> Links:
+        """The rates during `prompt` where device n has share_N[n] of the band (`fdd`, `tdd`)."""
+        return self._rates(self.gains(prompt), share_N * self._section.bandwidth_hz)
+
+    def reported_snr_hz(self, prompt: int, error_db: float) -> FloatArray:
+        """snr_hz_WN = P g^2 / N0 of down and up as devices would report it, off by `error_db` (standard deviation)."""
+        section, gains, noise = self._section, self.gains(prompt), noise_w_per_hz(self._section.noise_figure_db)
+        powers_w = section.station_power_w, section.device_power_w
+        snr_hz_WN = np.stack([power_w * gain_N**2 / noise for power_w, gain_N in zip(powers_w, gains, strict=True)])
+        streams = [
+            np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(n, Effect.REPORT, prompt)))
+            for n in range(snr_hz_WN.shape[1])
+        ]
+        error_db_WN = error_db * np.stack([_normals(streams), _normals(streams)])
+        return np.asarray(snr_hz_WN * 10 ** (error_db_WN / 10))
 
     def gains(self, prompt: int) -> Gains:
         """The amplitude gains behind `links`, read-only. Raises ValueError for a negative prompt."""
@@ -108,12 +125,14 @@ class RadioChannel:
         down_N.flags.writeable = up_N.flags.writeable = False
         return Gains(down_N, up_N)
 
-    def _rates(self, gains: Gains) -> Links:
+    def _rates(self, gains: Gains, band_hz_N: FloatArray | None = None) -> Links:
+        """Every link has an even part of the band unless told otherwise."""
         section, noise = self._section, noise_w_per_hz(self._section.noise_figure_db)
-        band_hz = link_bandwidth_hz(section, len(gains.down_N))
+        if band_hz_N is None:
+            band_hz_N = np.full(len(gains.down_N), link_bandwidth_hz(section, len(gains.down_N)))
         return Links(
-            rate_bits_per_s(band_hz, section.station_power_w, gains.down_N, noise),
-            rate_bits_per_s(band_hz, section.device_power_w, gains.up_N, noise),
+            rate_bits_per_s(band_hz_N, section.station_power_w, gains.down_N, noise),
+            rate_bits_per_s(band_hz_N, section.device_power_w, gains.up_N, noise),
         )
 
 

@@ -5,7 +5,6 @@ Outside both programs, so that ZeroMQ and CURVE run end to end. It ends when the
 
 from __future__ import annotations
 
-import gc
 import json
 import selectors
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 from testbed.channel.air import make_links
 from testbed.channel.connection import Connection, Limits, Stream
 from testbed.channel.record import DOWN, UP, LinkRecord
+from testbed.collector import keep_what_is_loaded
 from testbed.errors import WdmoeError
 
 # A timed sleep ends some tens of microseconds late: wake up earlier by these, and look again and again for the rest.
@@ -211,7 +211,7 @@ def run_relay(pipe: Pipe, settings: bytes) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(OSError):
         TIMER_SLACK.write_text("1")
-    gc.freeze()  # collections need not look at what the fork server had loaded
+    keep_what_is_loaded()
     wanted = json.loads(settings)
     record = LinkRecord(wanted["devices"])
     try:

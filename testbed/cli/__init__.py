@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from testbed.cli import doctor, keys, node, probe, run
+from testbed.cli import doctor, keys, node, probe, run, simulate, sweep
 from testbed.errors import WdmoeError
 
 INTERRUPTED = 130
@@ -22,6 +22,8 @@ app = typer.Typer(
     epilog="Example: testbed doctor configs/local.toml && testbed run configs/local.toml",
 )
 app.command("run", epilog=run.EXAMPLE)(run.command)
+app.command("sweep", epilog=sweep.EXAMPLE)(sweep.command)
+app.command("simulate", epilog=simulate.EXAMPLE)(simulate.command)
 app.command("probe", epilog=probe.EXAMPLE)(probe.command)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.command)
 app.command("keys", epilog=keys.EXAMPLE)(keys.command)

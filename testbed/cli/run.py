@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,17 @@ def command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the run file; repeatable.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line that is one JSON document.")] = False,
+    placements: Annotated[
+        int,
+        typer.Option(min=1, max=1000, help="Run so many seeded placements and sum them up; needs [radio.placement]."),
+    ] = 1,
+    target_ms: Annotated[
+        float | None, typer.Option("--target-ms", help="Steer theta or budget online to this mean time of a block.")
+    ] = None,
+    quality_budget: Annotated[
+        float | None,
+        typer.Option(help="Steer them to this mean share of gate mass dropped, or let it bound --target-ms."),
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No encryption, no keys; the log says so.")] = False,
 ) -> None:
     """Run every policy of a run file over its devices and compare them."""
@@ -24,17 +36,30 @@ def command(
 
     from testbed.config import load_run_file
 
-    config = load_run_file(file, overrides or ())
+    steering = {"target_ms": target_ms, "quality_budget": quality_budget}
+    changes = [*(overrides or ()), *(f"steering.{key}={value}" for key, value in steering.items() if value is not None)]
+    config = load_run_file(file, changes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: nodes, keys and log included
 
     from testbed.cli.output import console, print_json_line
+    from testbed.experiment.placements import over_placements
+    from testbed.experiment.results import Results
     from testbed.experiment.run import run_experiment
-    from testbed.experiment.table import results_notes, results_table
+    from testbed.experiment.table import placements_notes, placements_table, results_notes, results_table
 
-    results = run_experiment(config, config_path=file, out=out, insecure=insecure, display=console(stderr=True))
-    if as_json:
-        print_json_line(results.document())
+    def run(more: Sequence[str] = ()) -> Results:
+        one = load_run_file(file, [*changes, *more])
+        return run_experiment(one, config_path=file, out=out, insecure=insecure, display=console(stderr=True))
+
+    if placements > 1:
+        placed = over_placements(config, placements, run)
+        document, shown, notes = placed.document(), placements_table(placed), placements_notes(placed)
     else:
-        console().print(results_table(results))
-        for note in results_notes(results):
+        results = run()
+        document, shown, notes = results.document(), results_table(results), results_notes(results)
+    if as_json:
+        print_json_line(document)
+    else:
+        console().print(shown)
+        for note in notes:
             console().print(note, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from testbed.config.emulation import EmulationSection, ThrottleSection
 from testbed.config.loading import load_run_file
+from testbed.config.policies import PolicySpec, ShapingSection
 from testbed.config.radio import RadioSection
 from testbed.config.sections import (
     DeviceSection,
@@ -12,7 +13,6 @@ from testbed.config.sections import (
     LogSection,
     ModelSection,
     OnLossSection,
-    PolicySpec,
     RunConfig,
     TimeoutsSection,
     WireSection,
@@ -30,6 +30,7 @@ __all__ = [
     "PolicySpec",
     "RadioSection",
     "RunConfig",
+    "ShapingSection",
     "ThrottleSection",
     "TimeoutsSection",
     "WireSection",

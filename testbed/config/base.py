@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +26,18 @@ def device_name(value: str) -> str:
     return value
 
 
+def one_address(value: str) -> str:
+    try:
+        address = ipaddress.IPv4Address("0.0.0.0" if value in ("*", "", "::") else value)  # noqa: S104 (refused below)
+    except ValueError:
+        raise ValueError('must be one IPv4 address of this machine in figures, such as "127.0.0.1"') from None
+    if address.is_unspecified:
+        raise ValueError('would listen on every network of this machine; name one address, such as "127.0.0.1"')
+    return value
+
+
 DeviceName = Annotated[str, AfterValidator(device_name)]
+Address = Annotated[str, AfterValidator(one_address)]
 
 
 class Section(BaseModel):

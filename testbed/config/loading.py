@@ -31,15 +31,15 @@ def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError, with the first thing that is wrong and how many more there are.
     """
     try:
-        content = _read_toml(path)
+        content = read_toml(path)
         for override in overrides:
-            _override(content, override)
+            apply_override(content, override)
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_describe(error)}") from error
+        raise ConfigError(f"{path}: {first_mistake(error)}") from error
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
@@ -60,7 +60,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
     """Set one key of the file's content. Text needs no quotes. A list's entry is reached by its number."""
     dotted, separator, text = override.partition("=")
     keys = dotted.strip().split(".")
@@ -91,7 +91,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def _describe(error: ValidationError) -> str:
+def first_mistake(error: ValidationError) -> str:
     """The first problem as `key: what is wrong`. A wrong name comes first: the missing key is often the same one."""
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]

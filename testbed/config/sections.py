@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
-import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,30 +10,26 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
-from testbed.config.base import DeviceName, ExpertIds, Folder, Fraction, NotNegative, Positive, Scheme, Seconds, Section
+from testbed.config.base import (
+    Address,
+    DeviceName,
+    ExpertIds,
+    Folder,
+    Fraction,
+    NotNegative,
+    Positive,
+    Scheme,
+    Seconds,
+    Section,
+)
 from testbed.config.emulation import EmulationSection, ThrottleSection
+from testbed.config.policies import CsiSection, PolicySpec, ShapingSection, SteeringSection
 from testbed.config.radio import Metres, RadioSection
 
 
 def _run_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", value):
         raise ValueError('must be letters, digits, ".", "_" or "-", at most 63: it names the run\'s folder')
-    return value
-
-
-def _policy_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        raise ValueError('must be "topk", "wlr", "drop_late" or, for one of your own, "package.module:Class"')
-    return value
-
-
-def _one_address(value: str) -> str:
-    try:
-        address = ipaddress.IPv4Address("0.0.0.0" if value in ("*", "", "::") else value)  # noqa: S104 (refused below)
-    except ValueError:
-        raise ValueError('must be one IPv4 address of this machine in figures, such as "127.0.0.1"') from None
-    if address.is_unspecified:
-        raise ValueError('would listen on every network of this machine; name one address, such as "127.0.0.1"')
     return value
 
 
@@ -85,6 +79,8 @@ class DeviceSection(Section):
     emulated_memory_bytes_per_s: Positive | None = None  # for compute = "roofline"
     emulated_base_s: NotNegative = 0.0  # ... what each of its blocks costs before the first row
     distance_m: Metres | None = None  # from the base station, for [radio]
+    address: Address | None = None  # for [shaping]
+    joule_per_flop: Positive | None = None  # for the energy model
     backend: Literal["auto", "torch", "numpy"] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
 
@@ -100,24 +96,6 @@ class WorkloadSection(Section):
     def _something_to_do(self) -> WorkloadSection:
         if self.score_prompts == 0 and (self.generate_prompts == 0 or self.new_tokens == 0):
             raise ValueError("nothing to do; raise score_prompts, or generate_prompts and new_tokens")
-        return self
-
-
-class PolicySpec(Section, extra="allow"):
-    """A policy's name; every other key of its table is a parameter."""
-
-    __pydantic_extra__: dict[str, JsonValue]
-    name: Annotated[str, AfterValidator(_policy_name)]
-
-    @property
-    def params(self) -> dict[str, JsonValue]:
-        return dict(self.__pydantic_extra__)
-
-    @model_validator(mode="after")
-    def _parameters_are_finite(self) -> PolicySpec:
-        for key, value in self.params.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key} must be a finite number, not {value}")
         return self
 
 
@@ -140,7 +118,7 @@ class LogSection(Section):
 
 
 class ListenSection(Section):
-    host: Annotated[str, AfterValidator(_one_address)] = "127.0.0.1"
+    host: Address = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 0  # 0 = any free one
 
     @property
@@ -175,6 +153,10 @@ class RunConfig(Section):
     workload: WorkloadSection = WorkloadSection()
     on_loss: OnLossSection = OnLossSection()
     estimator: EstimatorSection = EstimatorSection()
+    csi: CsiSection = CsiSection()
+    shaping: ShapingSection | None = None
+    steering: SteeringSection = SteeringSection()
+    sweep: dict[str, JsonValue] | None = None  # axes of `testbed sweep`; a single run takes no notice of them
     log: LogSection = LogSection()
     listen: ListenSection = ListenSection()
     fleet: FleetSection = FleetSection()
@@ -218,6 +200,7 @@ class RunConfig(Section):
                     raise ValueError(
                         f'radio: device "{device.name}" needs distance_m, or all of them [radio.placement]'
                     )
+        self._the_band_can_be_shared()
         slow = [device for device in self.devices if device.emulated_flops_per_s is not None]
         if self.emulation.compute == "roofline":
             for device in slow:
@@ -231,6 +214,30 @@ class RunConfig(Section):
                 "device: what is not emulated is not known"
             )
         return self
+
+    def _the_band_can_be_shared(self) -> None:
+        if self.shaping is not None and self.radio is not None:
+            raise ValueError("shaping: is for real links; remove it, or [radio]")
+        if self.shaping is not None:
+            for device in self.devices:
+                if device.address is None:
+                    raise ValueError(f'shaping: device "{device.name}" needs address, the IPv4 address of its board')
+            if self.csi.source == "reported":
+                raise ValueError('csi.source: "reported" needs a [radio]; real links are estimated')
+        if self.policies[0].bandwidth != "even":
+            raise ValueError(
+                "policy[0].bandwidth: cuts are measured against topk at the even split; give it a second topk"
+            )
+        shared = [policy.name for policy in self.policies if policy.bandwidth != "even"]
+        if not shared or self.shaping is not None:
+            return
+        if self.radio is None or self.radio.trace is not None:
+            raise ValueError(f'policy "{shared[0]}": there is no band to share out; it needs a [radio] without a trace')
+        if self.radio.medium == "shared":
+            raise ValueError(
+                f'policy "{shared[0]}": on medium = "shared" a link has the whole band while it is on the air; '
+                'use "fdd" or "tdd"'
+            )
 
     @model_validator(mode="after")
     def _every_device_is_placed(self) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import secrets
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
+from bs_node.band import Band, BandPlan
 from bs_node.learning import Estimates
 from bs_node.model import load_bs_model
 from bs_node.probing import Prober
@@ -23,10 +23,12 @@ from bs_node.session import Session
 from bs_node.station import Station
 from bs_node.wireless import WirelessDispatcher, WireSettings
 from testbed.checkpoint.manifest import Manifest
+from testbed.collector import keep_what_is_loaded
 from testbed.config import RunConfig
 from testbed.experiment.emulation import row_bytes
 from testbed.experiment.workload import Window, choose
 from testbed.policies.base import Policy
+from testbed.policies.steering import Steered
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase
 from testbed.wire.sockets import StationSocket
@@ -49,6 +51,7 @@ class BaseStation:
         enrolled: dict[str, str] | None,
         begin_prompt: Callable[[int, int, bool], float],
         estimates: Estimates,
+        band: Band | None = None,
     ) -> None:
         """`begin_prompt(policy, prompt, continued)` is told before each prompt and answers with its dilation."""
         torch.set_num_threads(1)  # the nodes need the other cores
@@ -70,18 +73,19 @@ class BaseStation:
         settings = WireSettings(wire.down, wire.up, wire.part_bytes, wire.window_bytes, padded_width, timeouts.reply_s)
         self.session = Session(
             policy,
-            WirelessDispatcher(self._station, settings, len(manifest.devices)),
+            WirelessDispatcher(self._station, settings),
             estimates,
             self._registry.nodes,
             recorder=recorder,
             keep_scores=config.log.scores != "none",
             fail_on_orphans=config.on_loss.orphaned == "fail",
             probe_after_s=config.estimator.probe_after_s if config.estimator.estimates == "online" else None,
+            band=band,
         )
         self._model = load_bs_model(split_dir, manifest, config.model.dtype, IMPLEMENTATION)
         attach(self._model, manifest, self.session)
         self._model.register_forward_pre_hook(self._note_phase, with_kwargs=True)
-        gc.freeze()  # what is loaded stays: no collection needs to look at it again, least of all within a round
+        keep_what_is_loaded()
         self._tokenizer = AutoTokenizer.from_pretrained(split_dir)
         work = config.workload
         self.workload = choose(
@@ -108,6 +112,10 @@ class BaseStation:
         self._station.wait_for_all(self._config.timeouts.join_s, still_possible)
         self._recorder.event("all_joined", after_s=time.monotonic() - started_s)
 
+    def shape(self, device: int, bits_per_s: float) -> bool:
+        """Ask a node to keep its uplink to this rate; False where it could not be told."""
+        return self._station.shape(self._registry.nodes[device], bits_per_s)
+
     @property
     def nodes(self) -> list[Node]:
         return self._registry.nodes
@@ -128,8 +136,7 @@ class BaseStation:
 
     def begin(self, policy: int, prompt: int, *, continued: bool) -> None:
         """Let channel and nodes become those of this prompt."""
-        self.session.prompt = prompt
-        self.session.dispatcher.dilation = self._begin_prompt(policy, prompt, continued)
+        self.session.begin_prompt(prompt, self._begin_prompt(policy, prompt, continued))
 
     def emulated(self) -> dict[str, Any]:
         """What the nodes said of themselves when they joined."""
@@ -139,19 +146,24 @@ class BaseStation:
     def run_policy(self, index: int, policy: Policy, label: str, progress: Progress) -> None:
         """Score and continue every window of the workload under one policy."""
         session, total = self.session, len(self.workload.scored) + len(self.workload.continued)
-        session.policy, session.policy_index = policy, index
+        spec = self._config.policies[index]
+        session.policy, session.policy_index, session.plan = policy, index, BandPlan(spec.bandwidth, spec.period)
         try:
-            for prompt, window in enumerate(self.workload.scored):
+            for prompt, window in enumerate((*self.workload.scored, *self.workload.continued)):
                 progress(label, prompt, total)
-                self.begin(index, prompt, continued=False)
-                self._score(index, prompt, window)
-            for prompt, window in enumerate(self.workload.continued, start=len(self.workload.scored)):
-                progress(label, prompt, total)
-                self.begin(index, prompt, continued=True)
-                self._continue(index, prompt, window)
+                continued = prompt >= len(self.workload.scored)
+                self.begin(index, prompt, continued=continued)
+                (self._continue if continued else self._score)(index, prompt, window)
+                self._note_strength(index, prompt, policy)
         finally:
             session.settle()  # also the round that ended the run
         progress(label, total, total)
+
+    def _note_strength(self, index: int, prompt: int, policy: Policy) -> None:
+        """Log where steering has come to."""
+        if isinstance(policy, Steered):
+            facts = {"strength": policy.strength, "saturated_rounds": policy.saturated_rounds}
+            self._recorder.event("steered", policy=index, prompt=prompt, phase=int(self.session.phase), **facts)
 
     def _score(self, policy: int, prompt: int, window: Window) -> None:
         """Log how well the model predicts each next token of the window."""

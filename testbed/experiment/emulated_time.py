@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from testbed.experiment.truth import link_truth
-from testbed.latency.model import ComputeModel, eq8_prompt_s
+from testbed.latency.model import ComputeModel, eq8_prompt_s, rate_bits_per_s
+from testbed.policies.bandwidth import spectral_snr_hz
 from testbed.runlog.schema import GenerationPhase
 
 EMULATED_ROUND, PATH = "emulated_round_ns", "emulated_path_ns"
@@ -34,7 +35,7 @@ def with_emulated_times(
         delay_s = radio.get("delay_s", 0.0) * (rounds["rows"].to_numpy() > 0)
         path_ns += truth.down_air_ns + truth.up_air_ns + 2e9 * delay_s * dilation
     elif radio:  # the kernel keeps no record: what its rates ask for
-        path_ns += asked_air_s(rounds, events) * dilation * 1e9
+        path_ns += air_seconds(rounds, manifest, events).sum(axis=1) * dilation * 1e9
     rounds = rounds.append_column(EMULATED_ROUND, pa.array(rounds["round_ns"].to_numpy() / dilation))
     return rounds.append_column(PATH, pa.array(np.nan_to_num(path_ns)))
 
@@ -56,19 +57,30 @@ def emulated_compute_s(rounds: pa.Table, manifest: Mapping[str, Any], events: Se
     return seconds * factor
 
 
-def asked_air_s(rounds: pa.Table, events: Sequence[Mapping[str, Any]]) -> Floats:
-    """What each row's bytes take at the rates of its prompt's channel, both ways."""
-    device, down_bits, up_bits = (
-        rounds["device"].to_numpy(), 8.0 * rounds["bytes_down"].to_numpy(), 8.0 * rounds["bytes_up"].to_numpy()
-    )  # fmt: skip
-    policy, prompt = rounds["policy"].to_numpy(), rounds["prompt"].to_numpy()
-    seconds: Floats = np.zeros(rounds.num_rows)
+def air_seconds(rounds: pa.Table, manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Floats:
+    """What the bytes of every row of `rounds` take at the rates of its prompt's channel: down, up.
+
+    Where a device was given another part of the band than the even one, it has the rate of that (Eq. 2, 3).
+    """
+    device, policy, prompt = (rounds[name].to_numpy() for name in ("device", "policy", "prompt"))
+    rate_R2 = np.full((rounds.num_rows, 2), np.inf)
     for event in events:
         if event["kind"] == "channel":
             mine = (policy == event["policy"]) & (prompt == event["prompt"])
-            down, up = (np.array(event[f"{way}_bits_per_s"])[device[mine]] for way in ("down", "up"))
-            seconds[mine] = down_bits[mine] / down + up_bits[mine] / up
-    return seconds
+            rate_2N = np.array([event["down_bits_per_s"], event["up_bits_per_s"]])
+            rate_R2[mine] = rate_2N[:, device[mine]].T
+    if "bandwidth_hz" not in rounds.column_names:  # runs before that shared it evenly
+        return _bits_R2(rounds) / rate_R2
+    band_hz_R1 = rounds["bandwidth_hz"].to_numpy()[:, None].astype(float)
+    even_hz = manifest["config"]["radio"].get("bandwidth_hz", np.nan) / len(manifest["devices"])
+    snr_hz_R2 = spectral_snr_hz(rate_R2, 1.0, even_hz)
+    given_R2 = np.broadcast_to(band_hz_R1 > 0, rate_R2.shape)
+    rate_R2 = np.where(given_R2, rate_bits_per_s(band_hz_R1, snr_hz_R2, 1.0, 1.0), rate_R2)
+    return _bits_R2(rounds) / rate_R2
+
+
+def _bits_R2(rounds: pa.Table) -> Floats:
+    return np.column_stack([8.0 * rounds[name].to_numpy() for name in ("bytes_down", "bytes_up")])
 
 
 def overhead_of_rounds(rounds: pa.Table) -> Floats:

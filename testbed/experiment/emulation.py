@@ -21,6 +21,7 @@ from testbed.channel.trace import TraceChannel
 from testbed.checkpoint.manifest import Manifest
 from testbed.config import DeviceSection, RunConfig
 from testbed.experiment.truth import RECORD
+from testbed.latency.csi import EstimatedCsi, ReportedCsi
 from testbed.latency.known import KnownLatencies
 from testbed.latency.model import ComputeModel, expert_flop_per_row
 from testbed.policies.base import FloatArray
@@ -41,6 +42,7 @@ class Emulation:
         self._links: LinkEmulator | NamespaceLinks | None = None
         self._names = [device.name for device in config.devices]
         self.namespaces: dict[str, str] = {}
+        self._now = (0, 1.0)  # prompt and dilation in force
         self._began_s: list[float] = []  # emulated time at which the first policy began each prompt
         self._last = (monotonic(), 1.0)  # when the prompt under way began, and its dilation
         self.compute_N = [compute_model(config, manifest, device) for device in config.devices]
@@ -48,6 +50,7 @@ class Emulation:
         self.row_bytes_down, self.row_bytes_up = row_bytes(config, manifest)
         bits = 8 * self.row_bytes_down, 8 * self.row_bytes_up
         self._start, self._truth = (KnownLatencies(len(config.devices), *bits) for _ in range(2))
+        self.csi = make_csi(config, bits)
 
     def __enter__(self) -> Emulation:
         for file in self.pace_files.values():
@@ -93,8 +96,10 @@ class Emulation:
         facts: dict[str, list[float]] = {}
         if self._channel is not None:
             links = self._channel.links(prompt, self._time_s(policy, prompt, dilation))
-            self._set_links(prompt, links, dilation)
+            self._now = prompt, dilation
+            self._set_links(links)
             self._tell(links, factor_N)
+            self._report(prompt)
             facts = {name.removesuffix("_N"): rate_N.tolist() for name, rate_N in links._asdict().items()}
             facts["token_s"] = self._truth.token_s_N.tolist()
         if self.emulates:
@@ -113,10 +118,20 @@ class Emulation:
             self._began_s.append(last_s)
         return self._began_s[prompt]
 
-    def _set_links(self, prompt: int, links: Links, dilation: float) -> None:
+    def share_band(self, share_N: FloatArray) -> None:
+        """Give device n share_N[n] of the band from now on: the links take the rates that the true channel then has."""
+        if isinstance(self._channel, RadioChannel):
+            self._set_links(self._channel.shared_links(self._now[0], share_N))
+
+    def _set_links(self, links: Links) -> None:
+        prompt, dilation = self._now
         if self._links is not None and self._config.radio is not None:
             down, up = links.down_bits_per_s_N / dilation, links.up_bits_per_s_N / dilation
             self._links.set_links(prompt, down.tolist(), up.tolist(), self._config.radio.delay_s * dilation)
+
+    def _report(self, prompt: int) -> None:
+        if isinstance(self.csi, ReportedCsi) and isinstance(self._channel, RadioChannel):
+            self.csi.report(self._channel.reported_snr_hz(prompt, self._config.csi.error_db))
 
     def _tell(self, links: Links, factor_N: FloatArray) -> None:
         delay_s = self._config.radio.delay_s if self._config.radio is not None else 0.0
@@ -136,6 +151,16 @@ def make_channel(config: RunConfig) -> Channel | None:
     if radio.placement is not None:
         distance_m_N = placements(radio.placement, len(config.devices))
     return RadioChannel(radio, distance_m_N, config.seed)
+
+
+def make_csi(config: RunConfig, row_bits: tuple[int, int]) -> EstimatedCsi | ReportedCsi | None:
+    """What the base station will know of the links; None where the band cannot be shared out."""
+    radio, devices = config.radio, len(config.devices)
+    if radio is None or radio.trace is not None or radio.medium == "shared":
+        return None
+    if config.csi.source == "reported":
+        return ReportedCsi(radio.bandwidth_hz, devices, *row_bits)
+    return EstimatedCsi(radio.bandwidth_hz, devices, *row_bits)
 
 
 def row_bytes(config: RunConfig, manifest: Manifest) -> tuple[int, int]:

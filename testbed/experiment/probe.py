@@ -121,10 +121,8 @@ def run_probe(
             outcomes: list[Outcome] = []
             for done, found in enumerate(prober.sweep([index], rows_list, repeats), start=1):
                 progress(device.name, done, repeats * len(rows_list))
-                for outcome in found:
-                    if outcome.status is Status.ANSWERED:
-                        learning.answered(outcome)
-                    outcomes.append(outcome)
+                learning.answered([outcome for outcome in found if outcome.status is Status.ANSWERED])
+                outcomes += found
             rows = max(1, round(config.workload.score_tokens * station.top_k / len(config.devices)))
             probes.append(summed_up(device.name, outcomes, rows))
         results = ProbeResults(run_dir.name, run_dir, config.workload.score_tokens, probes)

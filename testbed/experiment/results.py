@@ -20,6 +20,8 @@ from testbed.experiment.emulated_time import (
     overhead_of_rounds,
     with_emulated_times,
 )
+from testbed.experiment.run_energy import Board, JoulePerToken, joule_per_token, measured_boards
+from testbed.experiment.statistics import CutInterval, paired_cut_interval
 from testbed.runlog.reader import read_events, read_manifest, read_table
 from testbed.runlog.schema import GenerationPhase, Status
 
@@ -32,11 +34,18 @@ class PolicyResult:
 
     policy: str
     params: dict[str, Any]
+    bandwidth: str  # how the band was shared out, and how often
+    period: str
     prefill_block_p50_s: float
     prefill_block_p95_s: float
     prefill_block_sum_s: float
     prefill_cut: float  # 1 - sum of block times / the same sum under the first policy, over the same prompts
+    prefill_cut_low: float  # ... and its 95 % interval, by a bootstrap over the prompts, paired
+    prefill_cut_high: float
+    eq8_sum_s: float
     eq8_cut: float  # likewise of the paper's Eq. 8 with the true channel: every token waits for its own slowest device
+    decode_sum_s: float  # of the expert rounds of all generated tokens
+    decode_cut: float  # likewise of those
     decode_rounds_p50_s: float  # the expert rounds of one token, all layers
     decode_rounds_p95_s: float
     decode_token_p50_s: float  # the same and the base station's own compute
@@ -44,7 +53,7 @@ class PolicyResult:
     perplexity: float
     accuracy: float
     kept_fraction: float  # of the pairs (token, expert) that the gate chose
-    dropped_mass: float  # share of the gate's weight that was not computed
+    dropped_mass: float  # share of the gate's weight that its own expert did not compute
     megabytes_down: float
     megabytes_up: float
     late: int  # requests (round, device) not answered in time by a node that was there
@@ -54,6 +63,8 @@ class PolicyResult:
     overhead_p50: float  # of a round: real time beyond the emulated one, as a share of that
     overrun_fraction: float  # rounds in which that share is above 10 %
     valid: bool
+    joule_per_token_measured: dict[str, float | None] | None  # by device, what it drew at rest taken off
+    joule_per_token_modelled: dict[str, float | None] | None  # down, compute, up, total; of all devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,7 @@ class Results:
     emulated: dict[str, Any]
     links: str
     rows: list[PolicyResult]
+    boards: dict[str, Board]  # those that reported power of their own
 
     @property
     def valid(self) -> bool:
@@ -79,6 +91,7 @@ class Results:
             "links": self.links,
             "valid": self.valid,
             "rows": [asdict(row) for row in self.rows],
+            "boards": {name: board.at_rest() for name, board in self.boards.items()},
         }
 
 
@@ -87,20 +100,32 @@ def summarise(run_dir: Path) -> Results:
     manifest = read_manifest(run_dir)
     rounds, tokens, events = read_table(run_dir, "rounds"), read_table(run_dir, "tokens"), read_events(run_dir)
     rounds = with_emulated_times(run_dir, rounds, manifest, events)
+    boards = measured_boards(rounds, manifest, events)
+    energy = joule_per_token(rounds, manifest, events, boards)
     invalid_above = float(manifest["config"]["on_loss"]["invalid_above"])
     rows: list[PolicyResult] = []
     eq8_s: list[float] = []
+    prompt_s: list[Floats] = []
     for index, spec in enumerate(manifest["config"]["policy"]):
         mine = [event for event in events if event.get("policy") == index]
-        reference_s = rows[0].prefill_block_sum_s if rows else None
+        prompt_s.append(prompt_sums_s(_only(rounds, index)))
+        cut = paired_cut_interval(prompt_s[-1], prompt_s[0])
         eq8_s.append(eq8_sum_s(_only(tokens, index), mine))
-        eq8_cut = 1 - eq8_s[-1] / eq8_s[0] if eq8_s[0] > 0 else math.nan
         row = _policy_result(
-            spec, _only(rounds, index), _only(tokens, index), mine, len_layers=manifest["layers"],
-            reference_s=reference_s, eq8_cut=eq8_cut, invalid_above=invalid_above,
+            spec, _params(manifest, index), _only(rounds, index), _only(tokens, index), mine,
+            len_layers=manifest["layers"], cut=cut, eq8_s=eq8_s, first=rows[0] if rows else None,
+            invalid_above=invalid_above, energy=energy[index],
         )  # fmt: skip
         rows.append(row)
-    return Results(run_dir.name, run_dir, manifest["emulated"], manifest["links"], rows)
+    return Results(run_dir.name, run_dir, manifest["emulated"], manifest["links"], rows, boards)
+
+
+def _params(manifest: dict[str, Any], index: int) -> dict[str, Any]:
+    """As the policy itself had them: one that is steered has no strength of its own. Older runs: the run file's."""
+    if "policy_params" in manifest:
+        return dict(manifest["policy_params"][index])
+    spec = manifest["config"]["policy"][index]
+    return {key: value for key, value in spec.items() if key not in ("name", "bandwidth", "period")}
 
 
 def _only(table: pa.Table, policy: int) -> pa.Table:
@@ -109,14 +134,17 @@ def _only(table: pa.Table, policy: int) -> pa.Table:
 
 def _policy_result(
     spec: dict[str, Any],
+    params: dict[str, Any],
     rounds: pa.Table,
     tokens: pa.Table,
     events: list[dict[str, Any]],
     *,
     len_layers: int,
-    reference_s: float | None,
-    eq8_cut: float,
+    cut: CutInterval,
+    eq8_s: list[float],
+    first: PolicyResult | None,
     invalid_above: float,
+    energy: JoulePerToken,
 ) -> PolicyResult:
     scored = [event for event in events if event["kind"] == "scored"]
     predicted = sum(event["tokens"] for event in scored)
@@ -134,12 +162,19 @@ def _policy_result(
     kept_fraction, dropped_mass = _kept(tokens)
     return PolicyResult(
         policy=spec["name"],
-        params={key: value for key, value in spec.items() if key != "name"},
+        params=params,
+        bandwidth=spec.get("bandwidth", "even"),
+        period=spec.get("period", "block"),
         prefill_block_p50_s=_percentile(block_s, 50),
         prefill_block_p95_s=_percentile(block_s, 95),
         prefill_block_sum_s=float(block_s.sum()),
-        eq8_cut=eq8_cut,
-        prefill_cut=1 - float(block_s.sum()) / reference_s if reference_s else 0.0 if len(block_s) else math.nan,
+        eq8_sum_s=eq8_s[-1],
+        eq8_cut=_cut(eq8_s[-1], eq8_s[0]),
+        decode_sum_s=float(decode_rounds_s.sum()),
+        decode_cut=_cut(float(decode_rounds_s.sum()), first.decode_sum_s if first else float(decode_rounds_s.sum())),
+        prefill_cut=cut.cut,
+        prefill_cut_low=cut.low,
+        prefill_cut_high=cut.high,
         decode_rounds_p50_s=_percentile(decode_rounds_s, 50),
         decode_rounds_p95_s=_percentile(decode_rounds_s, 95),
         decode_token_p50_s=_percentile(token_s, 50),
@@ -157,6 +192,8 @@ def _policy_result(
         overhead_p50=_percentile(overhead, 50),
         overrun_fraction=overruns,
         valid=orphaned_fraction <= invalid_above and overruns <= OVERRUNS_ALLOWED,
+        joule_per_token_measured=energy.measured,
+        joule_per_token_modelled=energy.modelled,
     )
 
 
@@ -167,13 +204,28 @@ def _round_s(rounds: pa.Table, phase: GenerationPhase, column: str = EMULATED_RO
     return seconds
 
 
+def prompt_sums_s(rounds: pa.Table) -> Floats:
+    """Seconds of all prefill rounds of each prompt, in the prompts' order."""
+    chosen = rounds.filter(
+        pc.and_(pc.equal(rounds["phase"], int(GenerationPhase.PREFILL)), pc.equal(rounds["device"], 0))
+    )
+    _, prompt_R = np.unique(chosen["prompt"].to_numpy(), return_inverse=True)
+    return np.bincount(prompt_R, chosen[EMULATED_ROUND].to_numpy() / 1e9).astype(float)
+
+
 def _kept(tokens: pa.Table) -> tuple[float, float]:
-    """Share of pairs kept, and share of the gate's weight that was not."""
+    """Share of pairs computed, and share of the gate's weight whose own expert was not: dropped, or substituted."""
     if tokens.num_rows == 0:
         return math.nan, math.nan
     kept_P = pc.list_flatten(tokens["kept"]).to_numpy()
+    asked = tokens["asked" if "asked" in tokens.column_names else "expert"]  # runs before that substituted nothing
+    own_P = pc.list_flatten(asked).to_numpy() == pc.list_flatten(tokens["expert"]).to_numpy()
     weight_P = pc.list_flatten(tokens["weight"]).to_numpy().astype(np.float64)
-    return float(kept_P.mean()), float(weight_P[~kept_P].sum() / weight_P.sum())
+    return float(kept_P.mean()), float(weight_P[~(kept_P & own_P)].sum() / weight_P.sum())
+
+
+def _cut(sum_s: float, reference_s: float) -> float:
+    return 1 - sum_s / reference_s if reference_s > 0 else math.nan
 
 
 def _percentile(values: Floats, percent: float) -> float:

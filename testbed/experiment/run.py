@@ -11,9 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from testbed.config import RunConfig
+from testbed.errors import ConfigError
 from testbed.experiment.results import Results, summarise
-from testbed.experiment.setup import standing_testbed
-from testbed.policies.loading import label, make_policy
+from testbed.experiment.setup import labels, standing_testbed
+from testbed.policies.base import Policy
+from testbed.policies.loading import make_policy
+from testbed.policies.steering import SteerablePolicy, Steered
 
 
 def run_experiment(
@@ -23,7 +26,7 @@ def run_experiment(
 
     Raises WdmoeError for what a user can mend.
     """
-    policies = [make_policy(spec.name, spec.params) for spec in config.policies]
+    policies = make_policies(config)
     with (
         standing_testbed(config, policies, config_path=config_path, out=out, insecure=insecure) as (
             base_station,
@@ -31,9 +34,24 @@ def run_experiment(
         ),
         progress_bar(display) as progress,
     ):
-        for index, policy in enumerate(policies):
-            base_station.run_policy(index, policy, label(policy), progress)
+        for index, (policy, name) in enumerate(zip(policies, labels(config, policies), strict=True)):
+            base_station.run_policy(index, policy, name, progress)
     return summarise(run_dir)
+
+
+def make_policies(config: RunConfig) -> list[Policy]:
+    """The run file's policies, those with a strength steered where it asks for that. Raises ConfigError."""
+    policies = [make_policy(spec.name, spec.params) for spec in config.policies]
+    if not config.steering.wanted:
+        return policies
+    if not any(isinstance(policy, SteerablePolicy) for policy in policies):
+        raise ConfigError("steering: no [[policy]] has a strength to steer; add wlr, load_aware or joint")
+    target_ms = config.steering.target_ms
+    target_s = None if target_ms is None else target_ms / 1e3
+    return [
+        Steered(policy, target_s, config.steering.quality_budget) if isinstance(policy, SteerablePolicy) else policy
+        for policy in policies
+    ]
 
 
 @contextmanager

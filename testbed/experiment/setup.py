@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import zmq
 
+from bs_node.band import Band
 from testbed.checkpoint.manifest import Manifest, manifest_hash
 from testbed.config import RunConfig
 from testbed.experiment.emulation import NOTHING, Emulation, make_channel
+from testbed.experiment.shaped_links import ShapedLinks
 from testbed.fleet.local import LocalFleet, prepare_fork_server
 from testbed.latency.estimator import Estimator
 from testbed.latency.known import KnownLatencies
@@ -54,6 +56,7 @@ def standing_testbed(
         pace = stack.enter_context(runtime_folder("pace"))
         emulation = stack.enter_context(Emulation(config, manifest, run_dir, pace, recorder.event))
         host = emulation.listen_host()
+        shaped = None if config.shaping is None else stack.enter_context(ShapedLinks(config, config.shaping))
         keys = None if insecure else config.fleet.keys or run_keys(stack, list(manifest.devices))
         enrolled = None if keys is None else enrolled_nodes(keys / "bs")
         sockets = open_socket(host, config.listen.port, keys, enrolled)
@@ -68,9 +71,12 @@ def standing_testbed(
         base_station = BaseStation(
             config, split_dir, manifest, sockets, recorder, policies[0],
             enrolled=enrolled, begin_prompt=emulation.begin_prompt, estimates=make_estimates(config, emulation),
+            band=make_band(config, emulation, shaped),
         )  # fmt: skip
+        if shaped is not None:
+            shaped.ask_node = base_station.shape
         stack.callback(base_station.say_goodbye)
-        facts = describe(config, manifest, base_station.workload.text_sha256, [label(p) for p in policies], insecure)
+        facts = describe(config, manifest, base_station.workload.text_sha256, policies, insecure)
         write_manifest(run_dir, facts)
         base_station.wait_for_nodes(fleet.raise_if_dead)
         write_manifest(run_dir, {**facts, "emulated": base_station.emulated()})
@@ -138,6 +144,13 @@ def make_estimates(config: RunConfig, emulation: Emulation) -> Estimator | Known
     return Estimator(len(config.devices), emulation.row_bytes_down, emulation.row_bytes_up, memory_rounds=memory)
 
 
+def make_band(config: RunConfig, emulation: Emulation, shaped: ShapedLinks | None) -> Band | None:
+    """What there is to share out: the band of a [radio], or the rate of [shaping]; None: nothing."""
+    if shaped is not None:
+        return Band(shaped.csi, len(config.devices), shaped.share_band)
+    return None if emulation.csi is None else Band(emulation.csi, len(config.devices), emulation.share_band)
+
+
 def open_socket(host: str, port: int, keys: Path | None, enrolled: dict[str, str] | None) -> StationSocket:
     if keys is None or enrolled is None:
         return StationSocket(host, port, None, None)
@@ -161,14 +174,23 @@ def node_arguments(
     return arguments
 
 
+def labels(config: RunConfig, policies: Sequence[Policy]) -> list[str]:
+    """What each policy of the run is called."""
+    return [
+        label(policy.name, policy.params, spec.bandwidth, spec.period)
+        for spec, policy in zip(config.policies, policies, strict=True)
+    ]
+
+
 def describe(
-    config: RunConfig, manifest: Manifest, text_sha256: str, policies: list[str], insecure: bool
+    config: RunConfig, manifest: Manifest, text_sha256: str, policies: Sequence[Policy], insecure: bool
 ) -> dict[str, Any]:
     """What one must know to understand the rows; what is emulated is known when the nodes have joined."""
     return {
         "config": config.model_dump(mode="json", by_alias=True),
         "seed": config.seed,
-        "policies": policies,
+        "policies": labels(config, policies),
+        "policy_params": [dict(policy.params) for policy in policies],
         "devices": list(manifest.devices),
         "layers": len(manifest.layers),
         "model": {"name": manifest.model_name, "type": manifest.model_type, "hash": manifest.model_hash},
@@ -184,7 +206,8 @@ def describe(
 def links(config: RunConfig) -> str:
     """What the run's links are, in words."""
     if config.radio is None:
-        return "loopback, as they are" if config.fleet.start == "local" else "as they are"
+        shaped = "" if config.shaping is None else f", rates shaped by tc to {config.shaping.bits_per_s:g} bit/s in all"
+        return ("loopback, as they are" if config.fleet.start == "local" else "as they are") + shaped
     how = "a recorded trace" if config.radio.trace is not None else f"{config.radio.fading} fading"
     by = "a TCP relay" if config.emulation.links == "relay" else "the kernel (network namespaces, tc)"
     return f"emulated by {by}, {how}, {config.radio.medium}, times stretched"

@@ -63,7 +63,8 @@ class _Direction:
         self._air_before_ns = np.concatenate([[0.0], np.cumsum(air_ns)])
 
     def _between(self, from_ns: Ints, until_ns: Ints) -> tuple[Ints, Ints]:
-        return np.searchsorted(self._in_ns, from_ns), np.searchsorted(self._in_ns, until_ns)
+        """Frames that entered after `from_ns` and were out before `until_ns`: heartbeats may follow a reply closely."""
+        return np.searchsorted(self._in_ns, from_ns), np.searchsorted(self._out_ns, until_ns, "right")
 
     def last_out_ns(self, from_ns: Ints, until_ns: Ints) -> NDArray[np.float64]:
         first, after = self._between(from_ns, until_ns)

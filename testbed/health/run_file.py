@@ -12,7 +12,7 @@ from collections.abc import Callable
 import psutil
 
 from testbed.channel.kernel import missing
-from testbed.config import RunConfig
+from testbed.config import PolicySpec, RunConfig
 from testbed.health.machine import Level, Verdict
 from testbed.policies.loading import label, make_policy
 
@@ -37,7 +37,7 @@ def model(config: RunConfig) -> Verdict:
 
 
 def policies(config: RunConfig) -> Verdict:
-    return "ok", ", ".join(label(make_policy(spec.name, spec.params)) for spec in config.policies)
+    return "ok", ", ".join(_label(spec) for spec in config.policies)
 
 
 def listen(config: RunConfig) -> Verdict:
@@ -109,3 +109,7 @@ RUN_CHECKS: dict[str, Callable[[RunConfig], Verdict]] = {
     "cores": cores,
     "open files": open_files,
 }
+
+
+def _label(spec: PolicySpec) -> str:
+    return label(spec.name, make_policy(spec.name, spec.params).params, spec.bandwidth, spec.period)

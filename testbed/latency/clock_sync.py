@@ -17,6 +17,12 @@ from collections import deque
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.latency import clock_kernels as kernels
+from testbed.latency.clock_kernels import AT, BEFORE, DOWN, MAX_DRIFT_PPB, NOTHING, RESETS, UP, VALUE, WINDOW
+
 WINDOW_NS = 2_000_000_000
 WINDOWS_FOR_DRIFT = 4
 SCATTER = 0.25  # drift is told once the bounds' scatter over their span is below this share of the largest drift
@@ -68,151 +74,136 @@ class _Trend(NamedTuple):
     negative: _Bound
 
 
-class _Floor:
-    """Lower bounds of one quantity: of the offset (uplink messages) or of its negative (downlink messages)."""
-
-    __slots__ = ("hard", "window")
-
-    def __init__(self) -> None:
-        self.hard: _Bound | None = None  # the strongest; it implies all others, because all age alike
-        self.window: _Bound | None = None  # the strongest, along the drift, of the window under way
-
-    def learn(self, bound: _Bound, drift: float, max_drift_ppb: int) -> None:
-        hard, window = self.hard, self.window
-        if hard is None:
-            self.hard = bound
-        elif bound.at_ns >= hard.at_ns:
-            if bound.value_ns >= _at_least(hard, bound.at_ns, max_drift_ppb):
-                self.hard = bound
-        elif _at_least(bound, hard.at_ns, max_drift_ppb) >= hard.value_ns:
-            self.hard = bound
-        if window is None or bound.value_ns >= _likely(window, bound.at_ns, drift):
-            self.window = bound
-
-    def likely(self, best: _Bound, at_ns: int, drift: float) -> int:
-        """Where the floor should be, by the window under way and the best of those before."""
-        before = _likely(best, at_ns, drift)
-        return before if self.window is None else max(before, _likely(self.window, at_ns, drift))
-
-
-class ClockSync:
-    """Offset and drift of ONE node's clock, learned from the stamps of rounds and heartbeats.
+class Clocks:
+    """The clocks of N nodes, side by side, so that all exchanges of a round are learnt from in one pass.
 
     max_drift_ppm: the most that one clock may gain on the other. 200 covers two free-running quartz clocks; a time
     daemon that slews CLOCK_MONOTONIC adds its own rate (the kernel's 500 ppm, chrony's `maxslewrate`).
     memory: windows of 2 s that the guess remembers. The interval remembers everything, in two numbers.
-    resets: how often stamps contradicted what was known (another clock, a suspended machine, drift beyond the largest)
-    and all that was older was forgotten. A step too small to contradict anything cannot be seen.
     """
 
-    def __init__(self, max_drift_ppm: float = 200.0, memory: int = 32) -> None:
+    def __init__(self, nodes: int, max_drift_ppm: float = 200.0, memory: int = 32) -> None:
         if not 0 < max_drift_ppm < 1e6:
             raise ValueError(f"max_drift_ppm must be above 0 and below a million, not {max_drift_ppm}")
         if memory < WINDOWS_FOR_DRIFT:
             raise ValueError(f"memory must be at least {WINDOWS_FOR_DRIFT} windows, not {memory}")
-        self.resets = 0
-        self._max_drift_ppb = math.ceil(max_drift_ppm * 1000)
-        self._windows: deque[tuple[_Bound, _Bound]] = deque(maxlen=memory)
-        self.reset()
+        self._bound_NDK2 = np.zeros((nodes, 2, 3, 2), np.int64)
+        self._facts_NF = np.zeros((nodes, kernels.FACTS), np.int64)
+        self._facts_NF[:, MAX_DRIFT_PPB] = math.ceil(max_drift_ppm * 1000)
+        self._drift_N = np.zeros(nodes)
+        self._windows_N: list[deque[tuple[_Bound, _Bound]]] = [deque(maxlen=memory) for _ in range(nodes)]
+        self._windows_of_N = [0] * nodes  # resets there had been when these windows closed
+        self.of_N = [ClockSync(self, node) for node in range(nodes)]
+        for node in range(nodes):
+            self.reset(node)
+
+    def exchanges(self, node_B: NDArray[np.int64], stamps_B4: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Learn from B exchanges, in their order, and say each one's one-way times as it is then known.
+
+        stamps_B4: BS sent, node received, node sent, BS received. ways_B4: down, up, offset and its bound, in ns, all
+        NOTHING where the offset is unknown. Raises ValueError if a clock ran backwards between two stamps.
+        """
+        ways_B4 = np.empty((len(node_B), 4), np.int64)
+        done, state = 0, (self._bound_NDK2, self._facts_NF, self._drift_N)
+        while (done := kernels.exchanges(*state, node_B, stamps_B4, done, WINDOW_NS, ways_B4)) < len(node_B):
+            if done < 0:
+                raise ValueError(_cannot_be(*stamps_B4[-1 - done].tolist()))
+            self._turn_window(int(node_B[done]), int(stamps_B4[done, 3]))
+        return ways_B4
+
+    def one_way_up(self, node: int, node_sent_ns: int, bs_received_ns: int) -> None:
+        """Learn from a message of the node alone: it bounds the offset from below only."""
+        if max(abs(node_sent_ns), abs(bs_received_ns)) >= kernels.LATEST_NS:
+            raise ValueError(f"no time of this century: node sent {node_sent_ns}, BS received {bs_received_ns}")
+        state = self._bound_NDK2, self._facts_NF, self._drift_N
+        while not kernels.one_way_up(*state, node, node_sent_ns, bs_received_ns, WINDOW_NS):
+            self._turn_window(node, bs_received_ns)
+
+    def one_way_times(self, node: int, stamps: tuple[int, int, int, int]) -> OneWayTimes | None:
+        """Downlink and uplink time of an exchange, best after learning from it; None while the offset is unknown."""
+        ways_4 = np.empty(4, np.int64)
+        kernels.one_way_times(self._bound_NDK2, self._facts_NF, self._drift_N, node, np.array(stamps, np.int64), ways_4)
+        return None if ways_4[0] == NOTHING else OneWayTimes(*ways_4.tolist())
+
+    def reading(self, node: int, bs_now_ns: int) -> ClockReading | None:
+        """The offset at a BS time, earlier ones included; None until both directions have been heard."""
+        reading_4 = np.empty(4, np.int64)
+        if not kernels.reading(self._bound_NDK2, self._facts_NF, self._drift_N, node, bs_now_ns, reading_4):
+            return None
+        offset_ns, low_ns, high_ns, age_ns = reading_4.tolist()
+        steady = self._bound_NDK2[node, UP, BEFORE, VALUE] != NOTHING
+        return ClockReading(
+            offset_ns, low_ns, high_ns, float(self._drift_N[node] * 1e6) if steady else math.nan, age_ns
+        )
+
+    def reset(self, node: int) -> None:
+        """Forget everything: the node has a new boot id. Not counted in `resets`."""
+        kernels.reset(self._bound_NDK2, self._facts_NF, node)
+        self._windows_N[node].clear()
+
+    def resets(self, node: int) -> int:
+        """How often stamps contradicted what was known (another clock, a suspended machine, drift beyond the largest)
+        and all that was older was forgotten. A step too small to contradict anything cannot be seen."""
+        return int(self._facts_NF[node, RESETS])
+
+    def _turn_window(self, node: int, now_ns: int) -> None:
+        """Close the window under way; with enough of them the drift shows."""
+        windows, bound_DK2, resets = self._windows_N[node], self._bound_NDK2[node], self.resets(node)
+        if self._windows_of_N[node] != resets:
+            windows.clear()
+            self._windows_of_N[node] = resets
+        windows.append((_Bound(*bound_DK2[UP, WINDOW].tolist()), _Bound(*bound_DK2[DOWN, WINDOW].tolist())))
+        bound_DK2[:, WINDOW, VALUE] = NOTHING
+        self._facts_NF[node, kernels.WINDOW_END] = now_ns + WINDOW_NS
+        if len(windows) >= WINDOWS_FOR_DRIFT:
+            trend = _trend(windows, self._facts_NF[node, MAX_DRIFT_PPB] / 1e9)
+            bound_DK2[:, BEFORE, VALUE] = NOTHING
+            if trend is not None:
+                self._drift_N[node] = trend.drift
+                for direction, bound in ((UP, trend.offset), (DOWN, trend.negative)):
+                    bound_DK2[direction, BEFORE, VALUE], bound_DK2[direction, BEFORE, AT] = bound
+
+
+class ClockSync:
+    """Offset and drift of ONE node's clock, learned from the stamps of rounds and heartbeats. A view of `Clocks`."""
+
+    __slots__ = ("_clocks", "_node")
+
+    def __init__(self, clocks: Clocks | None = None, node: int = 0) -> None:
+        self._clocks, self._node = clocks or Clocks(1), node
+
+    @property
+    def resets(self) -> int:
+        return self._clocks.resets(self._node)
 
     def reset(self) -> None:
-        """Forget everything: the node has a new boot id. Not counted in `resets`."""
-        self._offset, self._negative = _Floor(), _Floor()
-        self._windows.clear()
-        self._trend: _Trend | None = None
-        self._window_end_ns: int | None = None
-        self._newest_ns = 0
+        self._clocks.reset(self._node)
 
     def exchange(self, bs_sent_ns: int, node_received_ns: int, node_sent_ns: int, bs_received_ns: int) -> None:
-        """Learn from a message to the node and one back: a round, or an echoed heartbeat.
-
-        Raises ValueError if either clock ran backwards between its two stamps.
-        """
-        if bs_received_ns < bs_sent_ns or node_sent_ns < node_received_ns:
-            raise ValueError(
-                f"a reply before its request: BS sent {bs_sent_ns}, received {bs_received_ns}; "
-                f"node received {node_received_ns}, sent {node_sent_ns}"
-            )
-        up = _Bound(node_sent_ns - bs_received_ns, bs_received_ns)
-        self._learn(up, _Bound(bs_sent_ns - node_received_ns, bs_sent_ns))
+        """Learn from a message to the node and one back: a round, or an echoed heartbeat. Raises ValueError."""
+        stamps = bs_sent_ns, node_received_ns, node_sent_ns, bs_received_ns
+        if max(map(abs, stamps)) >= kernels.LATEST_NS:
+            raise ValueError(_cannot_be(*stamps))
+        stamps_14 = np.array([stamps], np.int64)
+        self._clocks.exchanges(np.array([self._node]), stamps_14)
 
     def one_way_up(self, node_sent_ns: int, bs_received_ns: int) -> None:
-        """Learn from a message of the node alone: it bounds the offset from below only."""
-        self._learn(_Bound(node_sent_ns - bs_received_ns, bs_received_ns), None)
+        self._clocks.one_way_up(self._node, node_sent_ns, bs_received_ns)
 
     def reading(self, bs_now_ns: int) -> ClockReading | None:
-        """The offset at a BS time, earlier ones included; None until both directions have been heard."""
-        offset, negative, trend = self._offset, self._negative, self._trend
-        if offset.hard is None or negative.hard is None:
-            return None
-        low_ns = _at_least(offset.hard, bs_now_ns, self._max_drift_ppb)
-        high_ns = -_at_least(negative.hard, bs_now_ns, self._max_drift_ppb)
-        guess_ns, drift_ppm = (low_ns + high_ns) // 2, math.nan
-        if trend is not None:
-            drift_ppm = trend.drift * 1e6
-            likely_low_ns = offset.likely(trend.offset, bs_now_ns, trend.drift)
-            likely_high_ns = -negative.likely(trend.negative, bs_now_ns, -trend.drift)
-            if likely_low_ns <= likely_high_ns:  # or else the drift was not steady
-                guess_ns = min(max((likely_low_ns + likely_high_ns) // 2, low_ns), high_ns)
-        return ClockReading(guess_ns, low_ns, high_ns, drift_ppm, bs_now_ns - self._newest_ns)
+        return self._clocks.reading(self._node, bs_now_ns)
 
     def one_way_times(
         self, bs_sent_ns: int, node_received_ns: int, node_sent_ns: int, bs_received_ns: int
     ) -> OneWayTimes | None:
-        """Downlink and uplink time of an exchange, best after learning from it; None while the offset is unknown.
-
-        Each direction uses the offset of its own moment; the offset given is that of bs_received_ns.
-        """
-        then, now = self.reading(bs_sent_ns), self.reading(bs_received_ns)
-        if then is None or now is None:
-            return None
-        down_ns = max(node_received_ns - bs_sent_ns - then.offset_ns, 0)
-        up_ns = max(bs_received_ns - node_sent_ns + now.offset_ns, 0)
-        return OneWayTimes(down_ns, up_ns, now.offset_ns, max(then.bound_ns, now.bound_ns))
-
-    def _learn(self, up: _Bound, down: _Bound | None) -> None:
-        offset, negative, max_drift_ppb = self._offset, self._negative, self._max_drift_ppb
-        stepped_between = down is not None and _contradict(up, down, max_drift_ppb)
-        if (
-            stepped_between
-            or _contradict(up, negative.hard, max_drift_ppb)
-            or (down is not None and _contradict(down, offset.hard, max_drift_ppb))
-        ):
-            self.reset()
-            self.resets += 1
-        self._turn_window(up.at_ns)
-        drift = 0.0 if self._trend is None else self._trend.drift
-        self._offset.learn(up, drift, max_drift_ppb)
-        if down is not None and not stepped_between:
-            self._negative.learn(down, -drift, max_drift_ppb)
-        self._newest_ns = max(self._newest_ns, up.at_ns)
-
-    def _turn_window(self, now_ns: int) -> None:
-        """Close the window at its end, but not before it has heard both directions: one alone tells no drift."""
-        offset, negative = self._offset, self._negative
-        if self._window_end_ns is None:
-            self._window_end_ns = now_ns + WINDOW_NS
-        elif now_ns >= self._window_end_ns and offset.window is not None and negative.window is not None:
-            self._windows.append((offset.window, negative.window))
-            offset.window = negative.window = None
-            self._window_end_ns = now_ns + WINDOW_NS
-            if len(self._windows) >= WINDOWS_FOR_DRIFT:
-                self._trend = _trend(self._windows, self._max_drift_ppb / 1e9)
+        return self._clocks.one_way_times(self._node, (bs_sent_ns, node_received_ns, node_sent_ns, bs_received_ns))
 
 
-def _at_least(bound: _Bound, at_ns: int, max_drift_ppb: int) -> int:
-    """What the bound still says at another time, whatever the clocks did between."""
-    return bound.value_ns + -abs(at_ns - bound.at_ns) * max_drift_ppb // 1_000_000_000
-
-
-def _likely(bound: _Bound, at_ns: int, drift: float) -> int:
-    """What it says if the drift was as estimated."""
-    return bound.value_ns + round(drift * (at_ns - bound.at_ns))
-
-
-def _contradict(bound: _Bound, opposite: _Bound | None, max_drift_ppb: int) -> bool:
-    """Whether a quantity and its negative cannot both be that large."""
-    return opposite is not None and bound.value_ns + _at_least(opposite, bound.at_ns, max_drift_ppb) > 0
+def _cannot_be(bs_sent_ns: int, node_received_ns: int, node_sent_ns: int, bs_received_ns: int) -> str:
+    return (
+        f"a reply before its request, or no time of this century: BS sent {bs_sent_ns}, received {bs_received_ns}; "
+        f"node received {node_received_ns}, sent {node_sent_ns}"
+    )
 
 
 def _trend(windows: deque[tuple[_Bound, _Bound]], max_drift: float) -> _Trend | None:

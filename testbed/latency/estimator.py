@@ -6,15 +6,17 @@ negative. Only measurements teach (`fit.py` says how); the true channel is never
 
 from __future__ import annotations
 
-from math import isfinite, nan
+from collections.abc import Sequence
+from math import nan
 from typing import NamedTuple
 
 import numpy as np
 
-from testbed.latency.fit import HELD, NOISE, START_NOISE, learn, token_costs
-from testbed.policies.base import BoolArray, FloatArray, IntArray, State
+from testbed.latency.fit import HELD, NOISE, START_NOISE, token_costs
+from testbed.latency.lessons import LONGEST_S, Floats, Ints, teach_all
+from testbed.policies.base import BoolArray, FloatArray, State
 
-LONGEST_S = 86_400.0  # a round of a day is no measurement
+NO_RATIO = np.ones((1, 2))
 DOUBT_OF_RETURNED = 100.0  # growth of all variances of a device that comes back as another process
 
 
@@ -47,18 +49,6 @@ class Prediction(NamedTuple):
         return self.compute_s + self.down_s + self.up_s
 
 
-class Coefficients(NamedTuple):
-    """The fit of one device, without what lost replies add: seconds per block, expert touched, row and byte."""
-
-    base_s: float
-    expert_s: float
-    row_s: float
-    down_base_s: float
-    down_byte_s: float
-    up_base_s: float
-    up_byte_s: float
-
-
 class Estimator:
     """Learns N devices. Pure: the caller brings the time, in seconds on one monotonic clock.
 
@@ -77,8 +67,8 @@ class Estimator:
     ) -> None:
         if min(devices, row_bytes_down, row_bytes_up, memory_rounds) < 1 or header_bytes < 0:
             raise ValueError("devices, bytes of a row and memory_rounds must be at least 1, header_bytes at least 0")
-        self.lessons_N: IntArray = np.zeros(devices, np.int64)
-        self.taught_at_s_N: FloatArray = np.full(devices, nan)
+        self.lessons_N: Ints = np.zeros(devices, np.int64)
+        self.taught_at_s_N: Floats = np.full(devices, nan)
         self._row_bytes_down, self._row_bytes_up, self._header_bytes = row_bytes_down, row_bytes_up, header_bytes
         self._header_rows = header_bytes / row_bytes_down, header_bytes / row_bytes_up
         self._memory_rounds = float(memory_rounds)
@@ -87,45 +77,64 @@ class Estimator:
         self._spread_NQCC = np.zeros((devices, 3, 3, 3))
         self._manner_NQM = np.zeros((devices, 3, 2))
         self._slowdown_N = np.ones(devices)  # by replies that never came
-        self._fits_NQ = [
-            list(zip(self._coef_NQC[n], self._spread_NQCC[n], self._manner_NQM[n], strict=True)) for n in range(devices)
-        ]
+        self._row_bytes_2 = np.array([row_bytes_down, row_bytes_up], np.float64)
 
     def teach(self, device: int, lesson: Lesson, now_s: float) -> None:
-        """Learn from an answered block, in time or late. Raises ValueError for what cannot be a measurement.
+        """Learn from one answered block, in time or late. Raises ValueError for what cannot be a measurement."""
+        self._check(device, lesson.rows, lesson.experts, min(lesson.bytes_down, lesson.bytes_up))
+        what_14, seconds_14 = np.array([lesson[:4]], np.int64), np.array([lesson[4:]], np.float64)
+        self.teach_all(np.array([device]), what_14, seconds_14, NO_RATIO, np.array([now_s]))
 
-        Where only the sum of both ways is known, or an error of the clocks leaves nothing for one of them, the sum is
-        split as predicted: then the sum is measured and the directions are inferred.
+    def teach_all(
+        self,
+        device_B: Ints,
+        what_B4: Ints,
+        seconds_B4: Floats,
+        air_ratio_B2: Floats,
+        now_s_B: Floats,
+    ) -> Floats:
+        """Learn from B answered blocks, in their order; returns what was expected of each before, predicted_s_B3.
+
+        what: rows, experts touched, bytes down, bytes up; seconds: a `Lesson`'s. air_ratio: how many times the rate
+        that it has at the even split of the band each way had. Where only the sum of both ways is known, or an error
+        of the clocks leaves nothing for one of them, the sum is split as predicted: then the sum is measured and the
+        directions are inferred. Raises ValueError for what cannot be a measurement.
         """
-        rows, experts, bytes_down, bytes_up, compute_s, down_s, up_s, link_s = lesson
-        self._check(device, rows, experts, min(bytes_down, bytes_up))
-        if not (down_s > 0 and up_s > 0):
-            link_s = link_s if isfinite(link_s) else down_s + up_s
-            down_share = self._down_share(device, bytes_down, bytes_up)
-            down_s, up_s = link_s * down_share, link_s * (1 - down_share)
-        total_s = compute_s + down_s + up_s
-        if not (compute_s >= 0 and down_s >= 0 and up_s >= 0 and 0 < total_s < LONGEST_S):
-            raise ValueError(f"device {device}: {lesson} is no measurement")
-        self._learn(device, rows, experts, bytes_down, bytes_up, (compute_s, down_s, up_s))
-        self.lessons_N[device] += 1
-        self.taught_at_s_N[device] = now_s
-        if self._slowdown_N[device] > 1:  # a reply came: it is as slow as that reply, no longer as the loss
-            expected_s = self.predict(device, rows, experts, bytes_down, bytes_up).total_s
-            self._slowdown_N[device] *= min(max(total_s / expected_s, 1 / self._slowdown_N[device]), 1.0)
+        predicted_s_B3 = np.empty((len(device_B), 3))
+        taught = teach_all(
+            self._coef_NQC, self._spread_NQCC, self._manner_NQM, self._slowdown_N, self.lessons_N, self.taught_at_s_N,
+            device_B, what_B4, seconds_B4, air_ratio_B2, now_s_B, self._row_bytes_2, self._memory_rounds,
+            predicted_s_B3,
+        )  # fmt: skip
+        if taught < len(device_B):
+            what, seconds = what_B4[taught].tolist(), seconds_B4[taught].tolist()
+            raise ValueError(f"device {device_B[taught]}: {Lesson(*what, *seconds)} is no measurement")
+        return predicted_s_B3
 
-    def teach_at_least(self, device: int, rows: int, experts: int, seconds: float, now_s: float) -> None:
+    def teach_at_least(
+        self,
+        device: int,
+        rows: int,
+        experts: int,
+        seconds: float,
+        now_s: float,
+        air_ratio: Sequence[float] = (1.0, 1.0),
+    ) -> None:
         """A reply that never came: the block cost at least `seconds`, the deadline. Raises ValueError as `teach`.
 
         What is predicted is raised to that by one factor, which the next reply lowers to what it says itself; the fit
         does not change, since nobody knows what was slow. A device never measured is assumed to cost `seconds`, a
-        third of it in each part, until its first reply.
+        third of it in each part, until its first reply. air_ratio: as in `teach_all`.
         """
         self._check(device, rows, experts, 1)
         if not 0 < seconds < LONGEST_S:
             raise ValueError(f"device {device}: a deadline of {seconds} s is no measurement")
-        bytes_down, bytes_up = self._block_bytes(rows)
+        even_bytes = self._block_bytes(rows)
+        bytes_down, bytes_up = (max(1, round(size / ratio)) for size, ratio in zip(even_bytes, air_ratio, strict=True))
         if np.isnan(self._coef_NQC[device, 0, 0]):
-            self._learn(device, rows, experts, bytes_down, bytes_up, (seconds / 3,) * 3)
+            third_s = seconds / 3
+            self.teach(device, Lesson(rows, experts, bytes_down, bytes_up, third_s, third_s, third_s), now_s)
+            self.lessons_N[device] = 0  # the first reply starts anew
         predicted_s = self.predict(device, rows, experts, bytes_down, bytes_up).total_s
         self._slowdown_N[device] *= max(seconds / predicted_s, 1.0)
         self.taught_at_s_N[device] = now_s
@@ -148,18 +157,6 @@ class Estimator:
             slowdown * (up_s + up_row_s * (bytes_up / self._row_bytes_up)),
         )
 
-    def row_cost_s(self, device: int) -> float:
-        """Predicted seconds of one more row in a block: down, compute, up. NaN if unknown."""
-        self._check(device, 1, 1, 1)
-        return float(self._slowdown_N[device] * self._coef_NQC[device, :, 2].sum())
-
-    def coefficients(self, device: int) -> Coefficients:
-        """The fit as it stands, in seconds. NaN if unknown."""
-        self._check(device, 1, 1, 1)
-        (base_s, expert_s, row_s), (down_s, _, down_row_s), (up_s, _, up_row_s) = self._coef_NQC[device].tolist()
-        down_byte_s, up_byte_s = down_row_s / self._row_bytes_down, up_row_s / self._row_bytes_up
-        return Coefficients(base_s, expert_s, row_s, down_s, down_byte_s, up_s, up_byte_s)
-
     def state(self, phase: int, available_N: BoolArray, now_s: float) -> State:  # noqa: ARG002
         """What a policy may know, as values of its own: later lessons do not change it.
 
@@ -171,25 +168,14 @@ class Estimator:
         token_s_N, base_s_N, expert_s_N, row_s_N = cost_s_4N
         return State(token_s_N, available_N.copy(), self.ages(now_s), base_s_N, expert_s_N, row_s_N)
 
+    def air_row_s_WN(self) -> FloatArray:
+        """Predicted seconds of one row on the air at the even split of the band; W: down, up. NaN if unknown."""
+        row_s_WN: FloatArray = self._slowdown_N * self._coef_NQC[:, 1:, 2].T
+        return row_s_WN
+
     def ages(self, now_s: float) -> FloatArray:
         """Seconds since each device last taught anything, N; NaN for one that never did."""
         return now_s - self.taught_at_s_N
-
-    def _learn(
-        self, device: int, rows: int, experts: int, bytes_down: int, bytes_up: int, seconds_Q: tuple[float, ...]
-    ) -> None:
-        first = bool(self.lessons_N[device] == 0)
-        compute, down, up = self._fits_NQ[device]
-        learn(*compute, first, experts, rows, seconds_Q[0], self._memory_rounds)
-        learn(*down, first, 0.0, bytes_down / self._row_bytes_down, seconds_Q[1], self._memory_rounds)
-        learn(*up, first, 0.0, bytes_up / self._row_bytes_up, seconds_Q[2], self._memory_rounds)
-
-    def _down_share(self, device: int, bytes_down: int, bytes_up: int) -> float:
-        """The downlink's predicted share of a link's time; without a lesson, its share of the bytes."""
-        if self.lessons_N[device] == 0:
-            return bytes_down / (bytes_down + bytes_up)
-        _, down_s, up_s = self.predict(device, 1, 1, bytes_down, bytes_up)
-        return down_s / (down_s + up_s)
 
     def _block_bytes(self, rows: int) -> tuple[int, int]:
         return rows * self._row_bytes_down + self._header_bytes, rows * self._row_bytes_up + self._header_bytes

@@ -32,8 +32,21 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class Air:
+    """What the base station knows of the links whose band it shares out (its CSI). W: down, up. Unknown is NaN.
+
+    A link that is given B Hz carries B log2(1 + snr_hz / B) bit/s (Eq. 2, 3), snr_hz being P g^2 / N0. Where rates are
+    shaped and no spectrum is shared (Wi-Fi, Ethernet), "Hz" are bit/s, snr_hz is infinite and a link carries B.
+    """
+
+    bandwidth_hz: float  # in total; every device has an even part of it unless a selection says otherwise
+    snr_hz_WN: FloatArray
+    row_s_WN: FloatArray  # of a row on the air, at the even split: part of State.row_s_N
+
+
+@dataclass(frozen=True, slots=True)
 class State:
-    """What the base station knows of its devices. Unknown is NaN, never 0."""
+    """What the base station knows of its devices, at the even split of the band. Unknown is NaN, never 0."""
 
     token_s_N: FloatArray  # time of one token alone on the device: down, compute, up (Eq. 6)
     available_N: BoolArray
@@ -41,6 +54,7 @@ class State:
     base_s_N: FloatArray  # cost of a round: base + experts touched * expert + rows * row
     expert_s_N: FloatArray
     row_s_N: FloatArray
+    air: Air | None = None  # None where there is no band to share out
 
     def cost_s_N(self, rows_N: IntArray, experts_N: IntArray) -> FloatArray:
         """Predicted seconds of a round in which device n gets rows_N[n] rows for experts_N[n] experts; 0 if none."""
@@ -61,7 +75,8 @@ class Selection:
 
     device_TK: IntArray  # DROPPED (-1) for a pair that is not sent
     weight_TK: FloatArray  # 0 for a dropped pair; the survivors of a token keep the gate's sum
-    bandwidth_share_N: FloatArray | None = None
+    bandwidth_share_N: FloatArray | None = None  # of the band, summing to 1; None: what the run file's period says
+    expert_TK: IntArray | None = None  # what is computed, where that is not what the gate chose
     deadline: Deadline | None = None
 
 

@@ -13,11 +13,17 @@ from typing import Any, cast
 
 from testbed.errors import ConfigError
 from testbed.policies.base import Policy
-from testbed.policies.drop_late import DropLate
-from testbed.policies.topk import TopK
-from testbed.policies.wlr import WLR
 
-BUILT_IN: Mapping[str, Callable[..., Policy]] = {"topk": TopK, "wlr": WLR, "drop_late": DropLate}
+BUILT_IN = {  # imported when asked for: their loops are compiled then
+    "topk": "testbed.policies.topk:TopK",
+    "wlr": "testbed.policies.wlr:WLR",
+    "drop_late": "testbed.policies.drop_late:DropLate",
+    "load_aware": "testbed.policies.load_aware:LoadAware",
+    "joint": "testbed.policies.joint:Joint",
+    "substitute": "testbed.policies.substitute:Substitute",
+    "nearest_replica": "testbed.policies.nearest_replica:NearestReplica",
+    "oracle": "testbed.policies.oracle:Oracle",
+}
 SYMBOLS = {"theta": "θ"}
 
 
@@ -26,7 +32,7 @@ def make_policy(name: str, params: Mapping[str, Any]) -> Policy:
     if ":" in name:
         policy_class = _import_class(name)
     elif name in BUILT_IN:
-        policy_class = BUILT_IN[name]
+        policy_class = _import_class(BUILT_IN[name])
     else:
         raise ConfigError(
             f'no policy "{name}"{_nearest(name, BUILT_IN)}; built in: {", ".join(BUILT_IN)}; '
@@ -43,10 +49,10 @@ def make_policy(name: str, params: Mapping[str, Any]) -> Policy:
     return policy
 
 
-def label(policy: Policy) -> str:
-    """What a table calls a policy: "wlr θ=0.2"."""
-    settings = [f"{SYMBOLS.get(key, key)}={value}" for key, value in policy.params.items()]
-    return " ".join([policy.name, *settings])
+def label(name: str, params: Mapping[str, Any], bandwidth: str = "even", period: str = "block") -> str:
+    """What a table calls a policy, and how the band is shared out under it: "wlr θ=0.2 optimal/block"."""
+    settings = [f"{SYMBOLS.get(key, key)}={value}" for key, value in params.items()]
+    return " ".join([name, *settings, *([] if bandwidth == "even" else [f"{bandwidth}/{period}"])])
 
 
 def _import_class(name: str) -> Callable[..., Policy]:

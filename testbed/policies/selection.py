@@ -21,11 +21,6 @@ def routed(routing: Routing) -> BoolArray:
     return routed_TK
 
 
-def known_token_s(state: State) -> FloatArray:
-    """token_s_N with NaN for everything that cannot be a latency: only a positive, finite time is known."""
-    return np.where((state.token_s_N > 0) & (state.token_s_N < np.inf), state.token_s_N, np.nan)
-
-
 def device_of_pair(routing: Routing, state: State) -> IntArray:
     """device_TK: the available device with the least token_s that holds the pair's expert; DROPPED where there is none.
 
@@ -83,6 +78,16 @@ def rescale(weight_TK: FloatArray, kept_TK: BoolArray) -> FloatArray:
     return np.where(intact_T1, weight_TK, (share_TK * total_T1).astype(weight_TK.dtype))
 
 
+def dropped_share(routing: Routing, selection: Selection) -> float:
+    """Share of the gate's weight, 0 to 1, that is not computed by the expert the gate chose: dropped, or replaced."""
+    weight_TK = np.where(routed(routing), routing.weight_TK, 0)
+    gone_TK = selection.device_TK == DROPPED
+    if selection.expert_TK is not None:
+        gone_TK = gone_TK | (selection.expert_TK != routing.expert_TK)
+    total = float(weight_TK.sum())
+    return float(weight_TK[gone_TK].sum()) / total if total > 0 else 0.0
+
+
 def finish(routing: Routing, device_TK: IntArray) -> Selection:
     """The answer that sends each pair to device_TK and rescales what is kept.
 
@@ -98,3 +103,9 @@ def surviving_weights(routing: Routing, kept_TK: BoolArray) -> FloatArray:
         return routing.weight_TK
     routed_TK = routed(routing)
     return rescale(np.where(routed_TK, routing.weight_TK, 0), kept_TK | ~routed_TK)
+
+
+def arrived_weights(selection: Selection, arrived_TK: BoolArray) -> FloatArray:
+    """A selection's weights once only what has arrived is left: each token keeps its sum."""
+    sent_TK = selection.device_TK != DROPPED
+    return rescale(np.where(sent_TK, selection.weight_TK, 0), arrived_TK | ~sent_TK)

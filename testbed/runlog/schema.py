@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST, CONFIG, EVENTS = "manifest.json", "config.toml", "events.jsonl"
 SEGMENT, PARQUET = ".seg", ".parquet"
 TABLES = ("rounds", "tokens")
@@ -115,6 +115,10 @@ def _seconds(name: str, meaning: str, kind: str = "inferred") -> Column:
     return Column(name, "<f8", "s", kind, meaning, nullable=True)
 
 
+def _rate(name: str, meaning: str, kind: str) -> Column:
+    return Column(name, "<f4", "bit/s", kind, meaning, nullable=True)
+
+
 _KEYS = (
     Column("round", "<u8", "", "measured", "number of the expert round in this run"),
     Column("policy", "<u2", "", "configured", "index into the manifest's list of policies"),
@@ -163,6 +167,20 @@ ROUND_COLUMNS = (
     _duration("node_quantise_ns", "results quantised at the node"),
     _duration("down_ns", "first part handed to the socket until the last was read at the node", kind="inferred"),
     _duration("up_ns", "reply handed to the socket until its last part was read at the BS", kind="inferred"),
+    Column(
+        "bandwidth_hz",
+        "<f4",
+        "Hz",
+        "configured",
+        "asked for the device; null where no spectrum is shared",
+        nullable=True,
+    ),
+    _rate(
+        "asked_down_bits_per_s", "asked for its downlink, by what the BS knows of it; null without a band", "inferred"
+    ),
+    _rate("asked_up_bits_per_s", "... for its uplink", "inferred"),
+    _rate("measured_down_bits_per_s", "bytes_down over down_ns, in emulated time; null without a band", "inferred"),
+    _rate("measured_up_bits_per_s", "bytes_up over up_ns, in emulated time; null without a band", "inferred"),
     _seconds("clock_offset_s", "the node's clock minus the BS's, as far as messages tell"),
     _duration("clock_bound_ns", "the most by which the offset and the one-way times can be wrong", kind="inferred"),
     _seconds("predicted_compute_s", "what was expected of the node before the round, in emulated time"),
@@ -184,6 +202,9 @@ def token_columns(score_format: str = "<f2") -> tuple[Column, ...]:
         Column("token", "<u4", "", "measured", "index of the token in the round"),
         Column("expert", "<u2", "", "measured", "experts the gate chose", "K"),
         Column("weight", "<f4", "", "measured", "the gate's weights of these experts", "K"),
+        Column(
+            "asked", "<u2", "", "measured", "experts asked in their places: others only if a policy substitutes", "K"
+        ),
         Column("kept", "?", "", "measured", "the pair was computed and its result arrived", "K"),
         Column("device", "<i2", "", "measured", "where the policy sent the pair; -1 where it dropped it", "K"),
         Column("final_weight", "<f4", "", "measured", "weights of the weighted sum; 0 for a pair not kept", "K"),

@@ -31,6 +31,7 @@ SCALE_BOUND_BITS = np.uint32(0x7C00_0000)  # 2**121: from there on, -128 * scale
 MAGNITUDE = np.uint32(0x7FFF_FFFF)
 INFINITY = np.uint32(0x7F80_0000)
 HALF_SMALLEST_NORMAL = np.uint32(0x3880_0000)  # 2**-14
+HALF_INFINITY, BFLOAT_INFINITY = 0x7C00, 0x7F80
 HALF_REBIAS = np.uint32((127 - 15) << 23)
 
 
@@ -122,13 +123,62 @@ def encode_fp32(hidden_RD: NDArray[np.float32], largest: float, out_RD: NDArray[
     return NO_ROW
 
 
+@inlined
+def scale_bits(row_B: Any) -> Any:
+    bits = np.uint32(0)
+    for byte in range(SCALE_BYTES):
+        bits = np.uint32(bits | np.uint32(np.uint32(row_B[byte]) << np.uint32(8 * byte)))
+    return bits
+
+
+@inlined
+def half_as_float(half: Any) -> Any:
+    """Multiplying by 2**112 moves the exponent's bias from 15 to 127, exactly, for subnormal halves too."""
+    bits = np.uint32(half)
+    value = as_float(np.uint32(np.uint32(bits & np.uint32(0x7FFF)) << np.uint32(13))) * np.float32(2.0**112)
+    sign = np.uint32(np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))
+    return as_float(np.uint32(as_bits(value) | sign))
+
+
+@inlined
+def bfloat_as_float(bfloat: Any) -> Any:
+    return as_float(np.uint32(np.uint32(bfloat) << np.uint32(16)))
+
+
+@native(read(types.uint8, 2))
+def check_int8(payload_RB: NDArray[np.uint8]) -> int:
+    for row in range(payload_RB.shape[0]):
+        if scale_bits(payload_RB[row]) >= SCALE_BOUND_BITS:  # a negative one too: its sign is the highest bit
+            return row
+    return NO_ROW
+
+
+@native(read(types.uint16, 2), types.int64, types.uint16)
+def check_16_bits(values_RD: NDArray[np.uint16], width: int, infinity: int) -> int:
+    """fp16 and bf16: the magnitude's pattern must be below infinity's."""
+    for row in range(values_RD.shape[0]):
+        largest = np.uint16(0)
+        for column in range(width):
+            largest = max(largest, np.uint16(values_RD[row, column] & np.uint16(0x7FFF)))
+        if largest >= infinity:
+            return row
+    return NO_ROW
+
+
+@native(read(types.float32, 2), types.int64)
+def check_32_bits(values_RD: NDArray[np.float32], width: int) -> int:
+    bits_RD = values_RD.view(np.uint32)
+    for row in range(values_RD.shape[0]):
+        if max_magnitude(bits_RD[row, :width]) >= INFINITY:
+            return row
+    return NO_ROW
+
+
 @native(read(types.uint8, 2), write(types.float32, 2))
 def decode_int8(payload_RB: NDArray[np.uint8], out_RD: NDArray[np.float32]) -> int:
     for row in range(payload_RB.shape[0]):
-        bits = np.uint32(0)
-        for byte in range(SCALE_BYTES):
-            bits = np.uint32(bits | np.uint32(np.uint32(payload_RB[row, byte]) << np.uint32(8 * byte)))
-        if bits >= SCALE_BOUND_BITS:  # a negative one too: its sign is the highest bit
+        bits = scale_bits(payload_RB[row])
+        if bits >= SCALE_BOUND_BITS:
             return row
         value_D = payload_RB[row, SCALE_BYTES:].view(np.int8)
         for column in range(out_RD.shape[1]):
@@ -138,17 +188,12 @@ def decode_int8(payload_RB: NDArray[np.uint8], out_RD: NDArray[np.float32]) -> i
 
 @native(read(types.uint16, 2), write(types.float32, 2))
 def decode_fp16(values_RD: NDArray[np.uint16], out_RD: NDArray[np.float32]) -> int:
-    """Multiplying by 2**112 moves the exponent's bias from 15 to 127, exactly, for subnormal halves too."""
     for row in range(values_RD.shape[0]):
         largest = np.uint32(0)
         for column in range(out_RD.shape[1]):
-            bits = np.uint32(values_RD[row, column])
-            magnitude = np.uint32(bits & np.uint32(0x7FFF))
-            largest = max(largest, magnitude)
-            value = as_float(np.uint32(magnitude << np.uint32(13))) * np.float32(2.0**112)
-            sign = np.uint32(np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))
-            out_RD[row, column] = as_float(np.uint32(as_bits(value) | sign))
-        if largest >= np.uint32(0x7C00):
+            largest = max(largest, np.uint32(np.uint32(values_RD[row, column]) & np.uint32(0x7FFF)))
+            out_RD[row, column] = half_as_float(values_RD[row, column])
+        if largest >= HALF_INFINITY:
             return row
     return NO_ROW
 
@@ -158,9 +203,9 @@ def decode_bf16(values_RD: NDArray[np.uint16], out_RD: NDArray[np.float32]) -> i
     for row in range(values_RD.shape[0]):
         largest = np.uint32(0)
         for column in range(out_RD.shape[1]):
-            bits = np.uint32(np.uint32(values_RD[row, column]) << np.uint32(16))
-            largest = max(largest, np.uint32(bits & MAGNITUDE))
-            out_RD[row, column] = as_float(bits)
+            value = bfloat_as_float(values_RD[row, column])
+            largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
+            out_RD[row, column] = value
         if largest >= INFINITY:
             return row
     return NO_ROW
@@ -179,16 +224,68 @@ def decode_fp32(values_RD: NDArray[np.float32], out_RD: NDArray[np.float32]) -> 
     return NO_ROW
 
 
-@native(read(types.float32, 2), read(types.float32, 1), read(types.int64, 1), write(types.float32, 2))
-def add_weighted(
-    y_RD: NDArray[np.float32], weight_R: NDArray[np.float32], token_R: NDArray[np.int64], out_TD: NDArray[np.float32]
+ADD = read(types.float32, 1), read(types.int64, 1), write(types.float32, 2)
+
+
+@native(read(types.uint8, 2), *ADD)
+def add_int8(
+    payload_RB: NDArray[np.uint8],
+    weight_R: NDArray[np.float32],
+    token_R: NDArray[np.int64],
+    out_TD: NDArray[np.float32],
 ) -> int:
-    """Multiply, round, add, round. Returns the first row whose token lies outside out_TD, or NO_ROW."""
-    for row in range(y_RD.shape[0]):
-        token = token_R[row]
+    """Decode, multiply, round, add, round, as all `add_` kernels, bit for bit what decoding first would give. Returns
+    the first row whose token lies outside out_TD, or NO_ROW."""
+    for row in range(payload_RB.shape[0]):
+        token, weight, scale = token_R[row], weight_R[row], as_float(scale_bits(payload_RB[row]))
         if not 0 <= token < out_TD.shape[0]:
             return row
-        weight = weight_R[row]
-        for column in range(y_RD.shape[1]):
+        value_D = payload_RB[row, SCALE_BYTES:].view(np.int8)
+        for column in range(out_TD.shape[1]):
+            out_TD[token, column] += np.float32(value_D[column]) * scale * weight
+    return NO_ROW
+
+
+@native(read(types.uint16, 2), *ADD)
+def add_fp16(
+    values_RD: NDArray[np.uint16],
+    weight_R: NDArray[np.float32],
+    token_R: NDArray[np.int64],
+    out_TD: NDArray[np.float32],
+) -> int:
+    for row in range(values_RD.shape[0]):
+        token, weight = token_R[row], weight_R[row]
+        if not 0 <= token < out_TD.shape[0]:
+            return row
+        for column in range(out_TD.shape[1]):
+            out_TD[token, column] += half_as_float(values_RD[row, column]) * weight
+    return NO_ROW
+
+
+@native(read(types.uint16, 2), *ADD)
+def add_bf16(
+    values_RD: NDArray[np.uint16],
+    weight_R: NDArray[np.float32],
+    token_R: NDArray[np.int64],
+    out_TD: NDArray[np.float32],
+) -> int:
+    for row in range(values_RD.shape[0]):
+        token, weight = token_R[row], weight_R[row]
+        if not 0 <= token < out_TD.shape[0]:
+            return row
+        for column in range(out_TD.shape[1]):
+            out_TD[token, column] += bfloat_as_float(values_RD[row, column]) * weight
+    return NO_ROW
+
+
+@native(read(types.float32, 2), *ADD)
+def add_fp32(
+    y_RD: NDArray[np.float32], weight_R: NDArray[np.float32], token_R: NDArray[np.int64], out_TD: NDArray[np.float32]
+) -> int:
+    for row in range(y_RD.shape[0]):
+        token, weight = token_R[row], weight_R[row]
+        if not 0 <= token < out_TD.shape[0]:
+            return row
+        for column in range(out_TD.shape[1]):
             out_TD[token, column] += y_RD[row, column] * weight
     return NO_ROW

@@ -5,7 +5,7 @@ A message is one msgpack header of at most 4 KiB and, for parts of a block, one 
 lengths are checked while it is parsed (msgspec), before anything is allocated for them.
 
     node -> BS    Hello  Heartbeat  Announce  Credit  ReplyPart  Rejected
-    BS -> node    Welcome  HelloAgain  Refuse  RequestPart  Echo  Goodbye
+    BS -> node    Welcome  HelloAgain  Refuse  RequestPart  Goodbye  Echo  Shape
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from msgspec import Meta
 from testbed.errors import MessageError
 from testbed.wire.quantization import SchemeName
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 4096
 MAX_TEXT = 512  # characters
 MAX_SEGMENTS = 512
 MAX_FIGURES = 48
+LOWEST_BITS_PER_S, HIGHEST_BITS_PER_S = 1e3, 1e11  # of a rate that is asked for
 
 # A field's type, and what it must hold to be accepted from the wire.
 U16 = Annotated[int, Meta(ge=0, le=2**16 - 1)]
@@ -154,6 +155,17 @@ class Echo(Message, frozen=True, tag=5):
     sent_ns: U64  # the base station's monotonic clock
 
 
+class Shape(Message, frozen=True, tag=6):
+    """From now until the next welcome the node is to send no faster than this, counted in TCP payload."""
+
+    up_bits_per_s: float
+
+    def __post_init__(self) -> None:
+        if not LOWEST_BITS_PER_S <= self.up_bits_per_s <= HIGHEST_BITS_PER_S:
+            need = f"it must be from {LOWEST_BITS_PER_S:g} to {HIGHEST_BITS_PER_S:g}"
+            raise ValueError(f"an uplink rate of {self.up_bits_per_s:g} bit/s: {need}")
+
+
 class Goodbye(Message, frozen=True, tag=4):
     """The run is over."""
 
@@ -161,7 +173,7 @@ class Goodbye(Message, frozen=True, tag=4):
 M = TypeVar("M")
 
 FromNode = Hello | Heartbeat | Announce | Credit | ReplyPart | Rejected
-FromBaseStation = Welcome | HelloAgain | Refuse | RequestPart | Goodbye | Echo
+FromBaseStation = Welcome | HelloAgain | Refuse | RequestPart | Goodbye | Echo | Shape
 
 _ENCODER = msgspec.msgpack.Encoder()
 _FROM_NODE: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)

@@ -16,10 +16,10 @@ What a scheme cannot carry (`Scheme.largest`), a NaN or an infinity is refused o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,46 +117,81 @@ def dequantise(
     written. Raises ValueError if `out_RD` has another shape.
     """
     on_wire = max(width, padded_width)
+    _check_length(payload, rows, on_wire, scheme)
+    if out_RD.shape != (rows, width):
+        raise ValueError(f"{rows} rows of width {width} do not fit an array of shape {out_RD.shape}")
+    refused = _DECODE[scheme.name](_as_rows(payload, rows, on_wire, scheme), out_RD)
+    _check_row(refused, rows, scheme)
+
+
+def received(payload: bytes | memoryview, rows: int, width: int, scheme: Scheme, padded_width: int = 0) -> NDArray[Any]:
+    """A payload as rows of what travels, not decoded and not copied. Raises MessageError as `dequantise` does."""
+    on_wire = max(width, padded_width)
+    _check_length(payload, rows, on_wire, scheme)
+    encoded_R = _as_rows(payload, rows, on_wire, scheme)
+    if scheme.name == "int8":
+        refused = kernels.check_int8(encoded_R)
+    elif scheme.name == "fp32":
+        refused = kernels.check_32_bits(encoded_R, width)
+    else:
+        infinity = kernels.HALF_INFINITY if scheme.name == "fp16" else kernels.BFLOAT_INFINITY
+        refused = kernels.check_16_bits(encoded_R, width, infinity)
+    _check_row(refused, rows, scheme)
+    return encoded_R
+
+
+def _check_length(payload: bytes | memoryview, rows: int, on_wire: int, scheme: Scheme) -> None:
     if len(payload) != scheme.payload_bytes(rows, on_wire):
         raise MessageError(
             f"payload of {len(payload)} bytes cannot be {rows} {scheme.name} rows of width {on_wire}, which take "
             f"{scheme.payload_bytes(rows, on_wire)}"
         )
-    if out_RD.shape != (rows, width):
-        raise ValueError(f"{rows} rows of width {width} do not fit an array of shape {out_RD.shape}")
-    refused = _decode(payload, scheme, on_wire, out_RD)
+
+
+def _check_row(refused: int, rows: int, scheme: Scheme) -> None:
     if refused != kernels.NO_ROW:
         wrong = "a scale out of range" if scheme.has_scales else "a value that is not finite"
         raise MessageError(f"{scheme.name} payload has {wrong} in row {refused} of {rows}")
 
 
-def _decode(payload: bytes | memoryview, scheme: Scheme, width: int, out_RD: NDArray[np.float32]) -> int:
-    """The first row that is refused, or NO_ROW."""
-    rows = len(out_RD)
-    if scheme.name == "int8":
-        return kernels.decode_int8(np.frombuffer(payload, np.uint8).reshape(rows, scheme.row_bytes(width)), out_RD)
-    if scheme.name == "fp16":
-        return kernels.decode_fp16(np.frombuffer(payload, np.uint16).reshape(rows, width), out_RD)
-    if scheme.name == "bf16":
-        return kernels.decode_bf16(np.frombuffer(payload, np.uint16).reshape(rows, width), out_RD)
-    return kernels.decode_fp32(np.frombuffer(payload, np.float32).reshape(rows, width), out_RD)
+def _as_rows(payload: bytes | memoryview, rows: int, on_wire: int, scheme: Scheme) -> NDArray[Any]:
+    values = np.frombuffer(payload, _DTYPE_OF[scheme.name])
+    return values.reshape(rows, scheme.row_bytes(on_wire) // values.itemsize)
+
+
+_DTYPE_OF = {"int8": np.uint8, "fp16": np.uint16, "bf16": np.uint16, "fp32": np.float32}
+_DECODE: Mapping[str, Callable[..., int]] = {
+    "int8": kernels.decode_int8,
+    "fp16": kernels.decode_fp16,
+    "bf16": kernels.decode_bf16,
+    "fp32": kernels.decode_fp32,
+}
+_ADD: Mapping[str, Callable[..., int]] = {
+    "int8": kernels.add_int8,
+    "fp16": kernels.add_fp16,
+    "bf16": kernels.add_bf16,
+    "fp32": kernels.add_fp32,
+}
 
 
 def accumulate(
-    y_RD: NDArray[np.float32],
+    encoded_R: NDArray[Any],
     weight_R: NDArray[np.float32],
     token_R: NDArray[np.int64],
     out_TD: NDArray[np.float32],
+    scheme: Scheme = SCHEMES["fp32"],
 ) -> None:
     """Add weight_R * y_RD to rows token_R of `out_TD` (Eq. 1), row after row in the order given.
 
-    Multiplies, rounds, adds, rounds: bitwise `out.index_add_(0, token, y * weight[:, None])` of torch in float32.
-    Raises ValueError if shapes differ, IndexError if a token lies outside `out_TD`.
+    encoded_R is y_RD itself, or as `received` has it. Decodes, multiplies, rounds, adds, rounds: bitwise
+    `out.index_add_(0, token, y * weight[:, None])` of torch in float32. Raises ValueError if shapes differ, IndexError
+    if a token lies outside `out_TD`.
     """
-    rows, width = y_RD.shape
-    if weight_R.shape != (rows,) or token_R.shape != (rows,) or out_TD.shape[1] != width:
-        shapes = f"{y_RD.shape}, {weight_R.shape}, {token_R.shape}, {out_TD.shape}"
+    rows = len(encoded_R)
+    too_narrow = encoded_R.shape[1] * encoded_R.itemsize < scheme.row_bytes(out_TD.shape[1])
+    if weight_R.shape != (rows,) or token_R.shape != (rows,) or too_narrow:
+        shapes = f"{encoded_R.shape}, {weight_R.shape}, {token_R.shape}, {out_TD.shape}"
         raise ValueError(f"shapes of rows, weights, tokens and output do not belong together: {shapes}")
-    wrong = kernels.add_weighted(y_RD, weight_R, token_R, out_TD)
+    wrong = _ADD[scheme.name](encoded_R, weight_R, token_R, out_TD)
     if wrong != kernels.NO_ROW:
         raise IndexError(f"token {token_R[wrong]} lies outside the block's {len(out_TD)}")

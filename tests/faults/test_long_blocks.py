@@ -113,7 +113,7 @@ def test_a_compute_loop_that_hangs_is_found_within_three_seconds_after_its_annou
             hidden_TD, blocks = block_of(manifest, 2)
             settings = WireSettings("fp32", "fp32", 65536, 2**20, 0, 60.0)
             started_s = time.monotonic()
-            dispatcher = WirelessDispatcher(listening.station, settings, len(manifest.devices))
+            dispatcher = WirelessDispatcher(listening.station, settings)
             (outcome,), _ = dispatcher.exchange(0, 0, hidden_TD, blocks)
             took_s = time.monotonic() - started_s
         finally:

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from numpy.typing import NDArray
 from processes import TESTBED, run_file, started
 
+from testbed.experiment.emulated_time import OVERRUN_ABOVE, PATH, with_emulated_times
 from testbed.experiment.truth import LinkTruth, link_truth
 from testbed.runlog.reader import read_events, read_manifest, read_table
 from testbed.runlog.schema import GenerationPhase
@@ -32,7 +33,7 @@ fading = "{fading}"
 as_if_width = 4096
 as_if_inner = 14336
 dilation = {dilation}
-decode_dilation = 10.0
+decode_dilation = {decode_dilation}
 
 [workload]
 score_prompts = {prompts}
@@ -58,7 +59,12 @@ class EmulatedRun:
         return self.columns[name]
 
     def phase(self, phase: GenerationPhase) -> NDArray[np.bool_]:
-        chosen: NDArray[np.bool_] = (self["rows"] > 0) & (self["status"] == 1) & (self["phase"] == phase)
+        """The rows of a phase, without the rounds in which this machine was busy, as the run itself says."""
+        slowest_ns = np.zeros(int(self["round"].max()) + 1)
+        np.maximum.at(slowest_ns, self["round"].astype(int), self[PATH])
+        kept_to_time = self["round_ns"] <= (1 + OVERRUN_ABOVE) * slowest_ns[self["round"].astype(int)]
+        assert kept_to_time.mean() > 0.5
+        chosen: NDArray[np.bool_] = kept_to_time & (self["rows"] > 0) & (self["status"] == 1) & (self["phase"] == phase)
         return chosen
 
     @property
@@ -66,10 +72,19 @@ class EmulatedRun:
         return self["node_sent_ns"] - self["node_received_ns"]
 
 
-def run(folder: Path, fading: str, prompts: int, *arguments: str, dilation: float = 5.0) -> EmulatedRun:
-    setting = SETTING.format(fading=fading, prompts=prompts, dilation=dilation)
+def valid_run(folder: Path, fading: str, prompts: int) -> EmulatedRun:
+    """What a user does whose result says INVALID because the machine was busy: stretch time further."""
+    for dilation in (5.0, 10.0, 20.0):
+        found = run(folder, fading, prompts, dilation)
+        if found.document["valid"]:
+            break
+    return found
+
+
+def run(folder: Path, fading: str, prompts: int, dilation: float) -> EmulatedRun:
+    setting = SETTING.format(fading=fading, prompts=prompts, dilation=dilation, decode_dilation=8 * dilation)
     file = run_file(folder, setting, devices=DEVICES)
-    with started([TESTBED, "run", str(file), "--json", *arguments], folder) as command:
+    with started([TESTBED, "run", str(file), "--json"], folder) as command:
         done = command.finish(120)
         command.wait_until_nothing_runs()
     assert (done.returncode, done.stderr) == (0, "")
@@ -78,18 +93,20 @@ def run(folder: Path, fading: str, prompts: int, *arguments: str, dilation: floa
     rounds = read_table(run_dir, "rounds")
     truth = link_truth(run_dir, rounds)
     assert truth is not None
+    manifest, events = read_manifest(run_dir), read_events(run_dir)
+    rounds = with_emulated_times(run_dir, rounds, manifest, events)
     columns = {name: rounds[name].to_numpy(zero_copy_only=False).astype(float) for name in rounds.column_names}
-    return EmulatedRun(document, read_manifest(run_dir), read_events(run_dir), columns, truth)
+    return EmulatedRun(document, manifest, events, columns, truth)
 
 
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> EmulatedRun:
-    return run(tmp_path_factory.mktemp("static"), "none", 5)
+    return valid_run(tmp_path_factory.mktemp("static"), "none", 5)
 
 
 @pytest.fixture(scope="module")
 def fading(tmp_path_factory: pytest.TempPathFactory) -> EmulatedRun:
-    return run(tmp_path_factory.mktemp("fading"), "rayleigh", 8)
+    return valid_run(tmp_path_factory.mktemp("fading"), "rayleigh", 8)
 
 
 def median(values: Floats) -> float:
@@ -120,8 +137,10 @@ def test_one_way_times_agree_with_the_relay_in_prefill_and_contain_it_in_their_b
     mine = static.phase(GenerationPhase.PREFILL)
     assert median(np.abs(measured_ns / true_ns - 1)[mine]) < 0.05
     sent = static["rows"] > 0
-    reading_ns = 500_000  # the relay lets go of the last byte before the receiver has read it
-    assert (np.abs(measured_ns - true_ns)[sent] <= static["clock_bound_ns"][sent] + reading_ns).mean() > 0.95
+    error_ns, bound_ns = (measured_ns - true_ns)[sent], static["clock_bound_ns"][sent]
+    # Never too short; too long only by what the receiver took to read what the relay had let go of.
+    assert (error_ns >= -bound_ns - 1).all()
+    assert median(error_ns - bound_ns) < 0
 
 
 def test_the_true_offset_of_nodes_on_this_machine_is_inside_the_bound_in_every_round(static: EmulatedRun) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bs_node.blocks import Block, Combiner, Outcome, arrived, combine, group
+from bs_node.blocks import Block, Combiner, Outcome, PlainRows, arrived, combine, group
 from bs_node.dispatcher import InProcessDispatcher, Watcher
 from testbed.policies.base import DROPPED
 from testbed.runlog.schema import Status
@@ -62,7 +62,7 @@ def expert_R(block: Block) -> list[int]:
 
 
 def answered(routed: Routed, blocks: Sequence[Block]) -> list[Outcome]:
-    return [Outcome(b, Status.ANSWERED, routed.output_TED[b.token_R, expert_R(b)]) for b in blocks]
+    return [Outcome(b, Status.ANSWERED, PlainRows(routed.output_TED[b.token_R, expert_R(b)])) for b in blocks]
 
 
 def combined(routed: Routed, outcomes: Sequence[Outcome]) -> Float32:
@@ -156,7 +156,7 @@ def test_a_lost_block_adds_nothing_and_its_pairs_have_not_arrived(routed: Routed
     outcomes = answered(routed, blocks_of(routed))
     for outcome in outcomes:
         if outcome.block.device in lost:
-            outcome.status, outcome.output_RD = Status.LOST, None
+            outcome.status, outcome.output = Status.LOST, None
     assert combined(routed, outcomes).tobytes() == slowly_combined(routed, frozenset(lost)).tobytes()
     there_TK = (routed.device_TK != DROPPED) & ~np.isin(routed.device_TK, list(lost))
     assert (arrived(outcomes, routed.device_TK) == there_TK).all()
@@ -165,9 +165,8 @@ def test_a_lost_block_adds_nothing_and_its_pairs_have_not_arrived(routed: Routed
 def test_combine_adds_to_what_is_there() -> None:
     block = Block(0, np.array([1]), np.array([0]), [(0, 1)])
     out_TD = np.ones((2, WIDTH), np.float32)
-    combine(
-        [Outcome(block, Status.ANSWERED, np.full((1, WIDTH), 4, np.float32))], np.full((2, 1), 0.5, np.float32), out_TD
-    )
+    output = PlainRows(np.full((1, WIDTH), 4, np.float32))
+    combine([Outcome(block, Status.ANSWERED, output)], np.full((2, 1), 0.5, np.float32), out_TD)
     assert out_TD[0].tolist() == [1] * WIDTH
     assert out_TD[1].tolist() == [3] * WIDTH
 
@@ -210,9 +209,9 @@ def test_the_in_process_dispatcher_gives_every_block_to_its_device_and_its_rows_
         block = outcome.block
         factor_R1 = np.array(expert_R(block), np.float32)[:, None] + 1
         assert outcome.status is Status.ANSWERED
-        assert outcome.output_RD is not None
-        assert (outcome.output_RD == hidden_TD[block.token_R] * factor_R1 + 2).all()
-        assert outcome.output_RD.dtype == np.float32
+        assert isinstance(outcome.output, PlainRows)
+        assert (outcome.output.y_RD == hidden_TD[block.token_R] * factor_R1 + 2).all()
+        assert outcome.output.y_RD.dtype == np.float32
         assert devices[block.device].calls == [block.segments]
         assert outcome.rtt_ns is None
     assert times.send_ns == times.wait_ns == 0

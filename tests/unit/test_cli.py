@@ -120,7 +120,10 @@ def test_run_hands_its_options_on_and_prints_the_table(
 
     stand_in(monkeypatch, "testbed.experiment.run", run_experiment=run_experiment)
     stand_in(
-        monkeypatch, "testbed.experiment.table", results_table=results_table, results_notes=lambda _: ["log: [x]/y"]
+        monkeypatch,
+        "testbed.experiment.table",
+        **{"results_table": results_table, "results_notes": lambda _: ["log: [x]/y"]},
+        **{"placements_table": None, "placements_notes": None},
     )
     assert main(["run", str(run_file), "--out", str(tmp_path / "log"), "--insecure"]) == 0
     assert (asked["config_path"], asked["out"], asked["insecure"]) == (run_file, tmp_path / "log", True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.latency.clock_sync import ClockReading, ClockSync
+from testbed.latency.clock_sync import ClockReading, Clocks, ClockSync
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
 HOUR = 3600 * S
@@ -145,7 +145,7 @@ def test_the_past_never_makes_the_interval_wider_than_the_newest_exchange_alone(
 
 
 def test_the_first_exchange_gives_the_interval_of_its_two_one_way_bounds() -> None:
-    sync = ClockSync(max_drift_ppm=200)
+    sync = Clocks(1, max_drift_ppm=200).of_N[0]
     reading = synced(sync, (0, 700 * US, 900 * US, 500 * US))
     assert reading.low_ns == 400 * US
     assert reading.high_ns == 700 * US + 100, "the downlink's bound is as old as the exchange is long: 500 us"
@@ -225,7 +225,7 @@ def test_the_guess_stays_inside_the_interval_when_the_drift_turns_round(link: Li
 
 @pytest.mark.parametrize("drift_ppm", [-100, 100])
 def test_the_largest_drift_itself_can_be_told(drift_ppm: int) -> None:
-    sync = ClockSync(max_drift_ppm=100)
+    sync = Clocks(1, max_drift_ppm=100).of_N[0]
     for stamps in rounds(NodeClock(0, drift_ppm), Link(queue_ns=50 * US), seconds=30, per_s=20):
         reading = synced(sync, stamps)
     assert sync.resets == 0
@@ -248,7 +248,7 @@ def test_drift_that_changes_as_a_board_warms_up_is_followed() -> None:
 
 @pytest.mark.parametrize("max_drift_ppm", [50.0, 200.0, 500.0])
 def test_a_quiet_hour_widens_the_interval_by_exactly_drift_times_age(max_drift_ppm: float) -> None:
-    sync = ClockSync(max_drift_ppm)
+    sync = Clocks(1, max_drift_ppm).of_N[0]
     for stamps in rounds(NodeClock(HOUR, 30), Link(queue_ns=MS), seconds=20, per_s=5):
         before = synced(sync, stamps)
     after = known(sync.reading(stamps[3] + HOUR))
@@ -292,7 +292,7 @@ def test_a_machine_suspended_in_mid_exchange_leaves_only_what_came_after() -> No
 
 
 def test_drift_beyond_the_largest_is_told_by_resets() -> None:
-    sync = ClockSync(max_drift_ppm=50)
+    sync = Clocks(1, max_drift_ppm=50).of_N[0]
     for stamps in rounds(NodeClock(drift_ppm=400), Link(queue_ns=100 * US), seconds=60, per_s=10):
         sync.exchange(*stamps)
     assert sync.resets > 5
@@ -377,7 +377,7 @@ def test_a_reset_forgets_everything_and_is_not_counted() -> None:
 def test_a_clock_that_ran_backwards_is_refused_and_changes_nothing(stamps: Stamps) -> None:
     sync = ClockSync()
     before = synced(sync, (0, 100 * US, 100 * US, 200 * US))
-    with pytest.raises(ValueError, match="a reply before its request: BS sent 10"):
+    with pytest.raises(ValueError, match=r"a reply before its request, .*: BS sent 10"):
         sync.exchange(*stamps)
     assert sync.reading(200 * US) == before
 
@@ -398,13 +398,13 @@ def test_absurd_stamps_end_in_a_reading_or_a_refusal(stamps: list[Stamps]) -> No
 @pytest.mark.parametrize(("max_drift_ppm", "memory"), [(0.0, 32), (math.nan, 32), (1e6, 32), (200.0, 3)])
 def test_impossible_settings_are_refused(max_drift_ppm: float, memory: int) -> None:
     with pytest.raises(ValueError, match="must be"):
-        ClockSync(max_drift_ppm, memory)
+        Clocks(1, max_drift_ppm, memory)
 
 
 @given(clock=clocks, link=links, residence_ns=st.sampled_from([0, MS, 20 * S]), seed=st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
 def test_true_one_way_times_are_within_the_bound(clock: NodeClock, link: Link, residence_ns: int, seed: int) -> None:
-    sync, rng, now_ns = ClockSync(max_drift_ppm=100), random.Random(seed), seed
+    sync, rng, now_ns = Clocks(1, max_drift_ppm=100).of_N[0], random.Random(seed), seed
     for _ in range(20):
         stamps = link.exchange(clock, now_ns, rng, residence_ns)
         sync.exchange(*stamps)
@@ -435,7 +435,7 @@ def test_one_way_times_of_a_long_computation_are_not_moved_by_the_drift_meanwhil
 
 
 def test_one_way_times_of_a_long_computation_tell_how_old_the_offset_of_its_start_is() -> None:
-    clock, sync = NodeClock(0, 100), ClockSync(max_drift_ppm=100)
+    clock, sync = NodeClock(0, 100), Clocks(1, max_drift_ppm=100).of_N[0]
     sync.exchange(*Link().exchange(clock, 20 * S, random.Random(0)))  # a heartbeat, echoed while the node computed
     long = (0, clock.at(5 * MS), clock.at(20 * S + 5 * MS), 20 * S + 10 * MS)
     sync.exchange(*long)

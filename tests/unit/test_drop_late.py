@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from testbed.errors import ConfigError
-from testbed.policies import Policy, Routing, State, TopK, label, make_policy
-from testbed.policies.base import Deadline
+from testbed.policies.base import Deadline, Policy, Routing, State
 from testbed.policies.drop_late import DropLate
+from testbed.policies.loading import label, make_policy
+from testbed.policies.topk import TopK
 
 DEVICES = 4
 
@@ -45,7 +46,7 @@ def test_it_is_a_policy_that_the_run_file_can_name() -> None:
     policy = make_policy("drop_late", {"k_min": 2, "after_s": 1})
     assert isinstance(policy, Policy)
     assert policy.params == {"k_min": 2, "after_s": 1.0}
-    assert label(policy) == "drop_late k_min=2 after_s=1.0"
+    assert label(policy.name, policy.params) == "drop_late k_min=2 after_s=1.0"
 
 
 def test_by_default_one_answer_per_token_is_waited_for() -> None:

@@ -18,8 +18,9 @@ from testbed.checkpoint.ffn import FfnSpec
 from testbed.checkpoint.manifest import Manifest
 from testbed.config import RunConfig
 from testbed.errors import ConfigError
-from testbed.experiment.emulation import NOTHING, Emulation, compute_model, make_channel, row_bytes
-from testbed.latency.model import ComputeModel, expert_flop_per_row, token_s
+from testbed.experiment.emulation import NOTHING, Emulation, compute_model, make_channel, make_csi, row_bytes
+from testbed.latency.csi import EstimatedCsi, ReportedCsi
+from testbed.latency.model import ComputeModel, expert_flop_per_row, rate_bits_per_s, token_s
 from testbed.wire.quantization import SCHEMES
 
 SPEC = FfnSpec(width=8, inner=12)
@@ -317,3 +318,83 @@ def test_without_links_every_node_connects_to_the_base_station_itself(tmp_path: 
     with emulating(tmp_path, config_of(*TWO_SLOW)) as (emulation, _):
         assert emulation.listen_host() == "127.0.0.1"
         assert emulation.start_relay("127.0.0.1", 5555) == {"jetson-0": 5555, "jetson-1": 5555}
+
+
+# --- The band is shared out ---
+
+
+class KeptLinks:
+    """Stand for the links: keep what they are set to."""
+
+    def __init__(self) -> None:
+        self.set: list[tuple[int, list[float], list[float], float]] = []
+
+    def set_links(self, prompt: int, down: list[float], up: list[float], delay_s: float) -> None:
+        self.set.append((prompt, down, up, delay_s))
+
+
+FADING = {"distance_m": 100.0, **SLOW}, {"distance_m": 300.0, **SLOW}
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_links_take_the_rates_that_the_prompts_channel_has_under_the_shares(tmp_path: Path, continued: bool) -> None:
+    config = config_of(*FADING, radio={"delay_s": 0.25}, emulation={"dilation": 4.0, "decode_dilation": 8.0})
+    channel, share_N, links = make_channel(config), np.array([0.75, 0.25]), KeptLinks()
+    assert isinstance(channel, RadioChannel)
+    with emulating(tmp_path, config) as (emulation, told):
+        emulation._links = links  # type: ignore[assignment]
+        for prompt in (0, 1):
+            dilation = emulation.begin_prompt(0, prompt, continued=continued)
+            before = len(told)
+            emulation.share_band(share_N)
+            down_N, up_N = channel.shared_links(prompt, share_N)
+            assert links.set[-1] == (prompt, (down_N / dilation).tolist(), (up_N / dilation).tolist(), 0.25 * dilation)
+            emulation.share_band(np.array([0.5, 0.5]))
+            assert links.set[-1] == links.set[-3], "the even split is how a prompt begins"
+            assert len(told) == before, "the channel itself is as it was"
+
+
+def test_a_trace_knows_no_band_to_share_out(tmp_path: Path) -> None:
+    with emulating(tmp_path, traced(tmp_path)) as (emulation, _):
+        emulation._links = links = KeptLinks()  # type: ignore[assignment]
+        emulation.begin_prompt(0, 0, continued=False)
+        emulation.share_band(np.array([0.75, 0.25]))
+        assert len(links.set) == 1
+        assert emulation.csi is None
+
+
+def test_the_links_state_is_measured_unless_devices_report_it(tmp_path: Path) -> None:
+    estimated = make_csi(config_of(radio=PLACED), (100, 100))
+    reported = make_csi(config_of(radio=PLACED, csi={"source": "reported"}), (100, 100))
+    assert isinstance(estimated, EstimatedCsi)
+    assert isinstance(reported, ReportedCsi)
+    assert make_csi(config_of(), (100, 100)) is None
+    assert make_csi(config_of(radio={**PLACED, "medium": "shared"}), (100, 100)) is None
+
+
+def test_a_measured_row_is_one_of_the_wires_bits(tmp_path: Path) -> None:
+    config = config_of(*FADING, wire={"down": "fp32", "up": "fp16"})
+    config = config.model_copy(update={"radio": config_of(*FADING, radio={}).radio})
+    with emulating(tmp_path, config) as (emulation, _):
+        assert emulation.csi is not None
+        row_s_WN = np.array([[1e-6, 2e-6], [3e-6, 4e-6]])
+        air = emulation.csi.air(row_s_WN)
+        bits_W1 = np.array([[8 * 32], [8 * 16]])
+        even_WN = rate_bits_per_s(50e6, air.snr_hz_WN, 1.0, 1.0)
+        np.testing.assert_allclose(even_WN, bits_W1 / row_s_WN)
+
+
+@pytest.mark.parametrize("error_db", [0.0, 3.0])
+def test_devices_report_every_prompts_own_links_with_the_error_asked_for(tmp_path: Path, error_db: float) -> None:
+    config = config_of(*FADING, radio={}, csi={"source": "reported", "error_db": error_db})
+    channel = make_channel(config)
+    assert isinstance(channel, RadioChannel)
+    with emulating(tmp_path, config) as (emulation, _):
+        assert emulation.csi is not None
+        seen = []
+        for policy, prompt in ((0, 0), (0, 1), (1, 0)):
+            emulation.begin_prompt(policy, prompt, continued=False)
+            seen.append(emulation.csi.air(np.ones((2, 2))).snr_hz_WN)
+            np.testing.assert_array_equal(seen[-1], channel.reported_snr_hz(prompt, error_db))
+        np.testing.assert_array_equal(seen[0], seen[2], "every policy is told the same")
+        assert (seen[0] != seen[1]).all()

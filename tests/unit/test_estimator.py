@@ -208,9 +208,14 @@ def test_a_device_that_always_gets_the_same_is_predicted_right_there_and_sanely_
 
 def test_without_noise_the_coefficients_themselves_are_found() -> None:
     estimator, _ = taught(noise=0.0, prompts=30)
-    fit = estimator.coefficients(0)
-    assert np.array(fit[:3]) == pytest.approx([3e-4, 8e-4, 3e-4], rel=0.05)
-    assert np.array(fit[3:]) == pytest.approx([5e-4, 8 / 80e6, 8e-4, 8 / 25e6], rel=0.05)
+    compute_s = [estimator.predict(0, rows, experts, 1, 1).compute_s for rows, experts in ((1, 1), (1, 2), (2, 1))]
+    down_s = [estimator.predict(0, 1, 1, 1000 * size, 1).down_s for size in (1, 2)]
+    up_s = [estimator.predict(0, 1, 1, 1, 1000 * size).up_s for size in (1, 2)]
+    assert np.diff(compute_s[:2]) == pytest.approx([8e-4], rel=0.05)
+    assert compute_s[2] - compute_s[0] == pytest.approx(3e-4, rel=0.05)
+    assert compute_s[0] == pytest.approx(14e-4, rel=0.05)
+    assert (down_s[1] - down_s[0], up_s[1] - up_s[0]) == pytest.approx((8000 / 80e6, 8000 / 25e6), rel=0.05)
+    assert (down_s[0], up_s[0]) == pytest.approx((5e-4 + 8000 / 80e6, 8e-4 + 8000 / 25e6), rel=0.05)
 
 
 def test_a_lost_reply_raises_the_prediction_to_the_deadline_and_the_next_reply_lowers_it_again() -> None:
@@ -275,7 +280,7 @@ def test_a_device_never_measured_is_unknown_and_not_0() -> None:
     assert state.age_s_N[1] == estimator.ages(5.0)[1] == 1.0
     assert estimator.lessons_N.tolist() == [0, 1, 0]
     assert math.isnan(estimator.predict(0, 1, 1, 100, 100).total_s)
-    assert math.isnan(estimator.row_cost_s(2))
+    assert np.isnan(estimator.air_row_s_WN()[:, 2]).all()
 
 
 def test_a_state_prices_a_round_as_the_prediction_does() -> None:
@@ -285,7 +290,8 @@ def test_a_state_prices_a_round_as_the_prediction_does() -> None:
         cost_s_N = state.cost_s_N(np.array([rows]), np.array([experts]))
         assert cost_s_N[0] == pytest.approx(predict(estimator, rows, experts).total_s)
     assert state.token_s_N[0] == pytest.approx(predict(estimator, 1).total_s)
-    assert state.row_s_N[0] == pytest.approx(estimator.row_cost_s(0))
+    compute_row_s = estimator.predict(0, 2, 1, 1, 1).compute_s - estimator.predict(0, 1, 1, 1, 1).compute_s
+    assert state.row_s_N[0] == pytest.approx(compute_row_s + estimator.air_row_s_WN()[:, 0].sum())
 
 
 def test_a_state_stays_as_it_was_when_lessons_go_on() -> None:
@@ -334,8 +340,6 @@ def test_a_device_that_is_not_there_is_refused(device: int) -> None:
         lambda: estimator.teach_at_least(device, 1, 1, 1.0, 0.0),
         lambda: estimator.predict(device, 1, 1, 1, 1),
         lambda: estimator.forget(device),
-        lambda: estimator.row_cost_s(device),
-        lambda: estimator.coefficients(device),
     ):
         with pytest.raises(ValueError, match=f"no device {device}"):
             call()
@@ -391,4 +395,4 @@ def test_whatever_is_taught_predictions_stay_finite_not_negative_and_monotone(
     ):
         predicted = estimator.predict(0, *larger)
         assert all(low <= high < math.inf for low, high in zip(smaller, predicted, strict=True))
-    assert 0 <= estimator.row_cost_s(0) < math.inf
+    assert ((estimator.air_row_s_WN() >= 0) & (estimator.air_row_s_WN() < math.inf)).all()

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.latency.estimator import Lesson
 from testbed.latency.known import KnownLatencies
 from testbed.latency.model import ComputeModel, token_s
 from testbed.policies.base import FloatArray, State
@@ -108,11 +107,44 @@ def test_a_throttled_device_is_slower_by_its_factor_and_its_link_is_not() -> Non
     assert throttled == pytest.approx(10 * usual)
 
 
+@given(truths(PAPER | ROOFLINE))
+def test_a_row_on_the_air_takes_its_bits_at_the_rates_that_were_told(told: Told) -> None:
+    down_s_N, up_s_N = told.known().air_row_s_WN()
+    np.testing.assert_allclose(down_s_N, BITS_DOWN / told.down_N)
+    np.testing.assert_allclose(up_s_N, BITS_UP / told.up_N)
+
+
+@given(truths(PAPER | ROOFLINE), st.integers(1, 500), st.integers(1, 8), st.floats(0.01, 8), st.floats(0.01, 8))
+def test_what_is_expected_of_a_block_is_what_it_takes_in_its_share_of_the_band(
+    told: Told, rows: int, experts: int, down_ratio: float, up_ratio: float
+) -> None:
+    devices = len(told.compute_N)
+    bytes_down, bytes_up = 5 * rows, 7 * rows
+    what_B4 = np.tile([rows, experts, bytes_down, bytes_up], (devices, 1))
+    ratio_B2 = np.tile([down_ratio, up_ratio], (devices, 1))
+    now_s_B = np.zeros(devices)
+    predicted_s_B3 = told.known().teach_all(np.arange(devices), what_B4, np.ones((devices, 4)), ratio_B2, now_s_B)
+    expected_s_3B = (
+        told.compute_s_N(rows, experts),
+        8 * bytes_down / (told.down_N * down_ratio) + told.delay_s,  # a delay is none of the band's
+        8 * bytes_up / (told.up_N * up_ratio) + told.delay_s,
+    )
+    np.testing.assert_allclose(predicted_s_B3, np.transpose(expected_s_3B), rtol=1e-9)
+
+
+def test_nothing_is_expected_before_it_is_told_nor_of_no_block() -> None:
+    known = KnownLatencies(2, BITS_DOWN, BITS_UP)
+    assert np.isnan(known.air_row_s_WN()).all()
+    one = np.array([0]), np.array([[1, 1, 100, 100]]), np.ones((1, 4)), np.ones((1, 2)), np.ones(1)
+    assert np.isnan(known.teach_all(*one)).all()
+    assert two_devices().known().teach_all(*(values[:0] for values in one)).shape == (0, 3)
+
+
 def test_measurements_change_nothing() -> None:
     told = two_devices()
     known = told.known()
     before = state_of(known, 2)
-    known.teach(0, Lesson(1, 1, 100, 100, compute_s=9.0, down_s=9.0, up_s=9.0), 1.0)
+    known.teach_all(np.array([0]), np.array([[1, 1, 100, 100]]), np.full((1, 4), 9.0), np.ones((1, 2)), np.ones(1))
     known.teach_at_least(1, 1, 1, 100.0, 1.0)
     after = state_of(known, 2)
     np.testing.assert_array_equal(before.token_s_N, after.token_s_N)

@@ -42,11 +42,12 @@ def test_a_late_reply_still_tells_its_times() -> None:
     late.take(mail(), NOW_NS)
     (outcome,) = late.collect()
     assert outcome.status is Status.ANSWERED
-    assert outcome.stamps == (SENT_NS, 110, 190, NOW_NS)
+    stamps = outcome.bs_sent_ns, outcome.node_received_ns, outcome.node_sent_ns, outcome.bs_received_ns
+    assert stamps == (SENT_NS, 110, 190, NOW_NS)
     assert (outcome.node_queue_ns, outcome.node_compute_ns, outcome.node_padding_ns) == (1, 73, 3)
     assert (outcome.parts_up, outcome.bytes_up) == (1, HEADER_BYTES + len(PAYLOAD))
     assert outcome.dilation == 5.0  # of the round that it belongs to, whatever is in force by now
-    assert outcome.output_RD is None  # nobody waits for the rows any more
+    assert outcome.output is None  # nobody waits for the rows any more
 
 
 def test_what_was_answered_is_given_out_once_and_then_no_longer_expected() -> None:

@@ -12,6 +12,8 @@ from msgspec.structs import replace
 
 from testbed.errors import MessageError
 from testbed.wire.messages import (
+    HIGHEST_BITS_PER_S,
+    LOWEST_BITS_PER_S,
     MAX_FIGURES,
     MAX_HEADER_BYTES,
     MAX_SEGMENTS,
@@ -27,6 +29,7 @@ from testbed.wire.messages import (
     Rejected,
     ReplyPart,
     RequestPart,
+    Shape,
     decode_from_base_station,
     decode_from_node,
     encode,
@@ -71,6 +74,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "reason": text,
     "heartbeat_ns": st.integers(10**6, 10**12),
     "window_bytes": st.integers(1, 2**31),
+    "up_bits_per_s": st.floats(LOWEST_BITS_PER_S, HIGHEST_BITS_PER_S),
 }
 
 
@@ -156,7 +160,7 @@ def test_arbitrary_bytes_are_a_message_error(header: bytes) -> None:
         assert isinstance(result, MessageError) or encode(result)
 
 
-@given(st.lists(anything, max_size=16), st.integers(-1, 7))
+@given(st.lists(anything, max_size=16), st.integers(-1, 8))
 def test_arbitrary_fields_are_a_message_error_or_a_message_in_order(values: list[Any], kind: int) -> None:
     try:
         header = packed(kind, *values)
@@ -238,7 +242,7 @@ def test_nested_arrays_and_maps_are_refused_at_any_depth(depth: int) -> None:
         packed(1.0),
         packed("0"),
         packed(-1),
-        packed(6),
+        packed(7),
         packed(99, 1, 2, 3),
         packed(2**64 - 1),
         packed({}),
@@ -249,7 +253,7 @@ def test_what_is_no_list_of_a_known_kind_and_its_fields_is_refused(header: bytes
     assert_refused(header)
 
 
-@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("kind", range(7))
 def test_a_field_too_many_or_too_few_is_refused(kind: int) -> None:
     lengths = {len(kinds[kind].__struct_fields__) for kinds in (FROM_NODE, FROM_BASE_STATION) if kind < len(kinds)}
     for length in set(range(20)) - lengths:
@@ -293,6 +297,17 @@ def test_a_figure_must_be_a_finite_number(bad: Any) -> None:
             Heartbeat(1, {"cpu_percent": bad})
         with pytest.raises(ValueError, match="not a finite number"):
             Hello(1, "near", 1, "0" * 64, [1], {"row_s": bad})
+
+
+@pytest.mark.parametrize(
+    "bad", [0, -5e6, 999.0, 1.001e11, float("nan"), float("inf"), float("-inf"), True, None, "5e6", [5e6], 2**64 - 1]
+)
+def test_an_uplink_rate_is_a_number_of_bits_per_second_within_its_range(bad: Any) -> None:
+    assert decode_from_base_station(packed(6, 5_000_000)) == Shape(5e6)
+    assert_refused(packed(6, bad))
+    if isinstance(bad, float):
+        with pytest.raises(ValueError, match="must be from 1000 to 1e\\+11"):
+            Shape(bad)
 
 
 @pytest.mark.parametrize("figures", [b"\x81\x01\x01", b"\x81\xc0\x01", b"\x81\x90\x01"])

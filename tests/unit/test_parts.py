@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from testbed.errors import MessageError
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import ReplyPart, RequestPart
-from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, part_count, part_rows
-from testbed.wire.quantization import SCHEMES, SchemeName, dequantise, quantise
+from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, ReceivedRows, part_count, part_rows
+from testbed.wire.quantization import SCHEMES, SchemeName, accumulate, dequantise, quantise
 
 REQUEST = RequestPart(7, 3, 0, 1, 0, 4, 10, 6, 6, "int8", "fp16", [(2, 3), (6, 7)])
 REPLY = ReplyPart(7, 3, 0, 0, 4, 10, 6, 6, "fp16", 10, 20, 1, 2, 3, 0, 4)
@@ -155,6 +155,39 @@ def test_a_block_with_a_missing_part_is_never_complete() -> None:
     assembler, sent = started(REQUEST)
     assert not assembler.add(replace(REQUEST, part=1), sent[1])
     assert not assembler.add(replace(REQUEST, part=3), sent[3])
+
+
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 20)), scheme=schemes, padding=st.integers(0, 9), data=st.data()
+)
+def test_rows_added_up_as_they_came_are_bitwise_those_decoded_first(
+    shape: tuple[int, int], scheme: SchemeName, padding: int, data: st.DataObject
+) -> None:
+    (rows, width), kind = shape, SCHEMES[scheme]
+    parts = part_count(rows, kind.bytes_per_value * width, data.draw(st.integers(1, 900)))
+    x_RD, rng = hidden(rows, width, seed=rows), np.random.default_rng(width)
+    encoded_RB = quantise(x_RD, kind, None, width + padding)
+    header = replace(REPLY, rows=rows, width=width, padded_width=width + padding, scheme=scheme, parts=parts)
+    came, decoded = ReceivedRows(header), Assembler(header, KeptRows(np.float32))
+    for part in data.draw(st.permutations(range(parts))):
+        payload = encoded_RB[part_rows(rows, parts, part)].tobytes()
+        assert came.add(replace(header, part=part), payload) == decoded.add(replace(header, part=part), payload)
+    begin = data.draw(st.integers(0, rows - 1))
+    some = slice(begin, data.draw(st.integers(begin, rows)))
+    token_R, weight_R = rng.integers(0, 3, rows)[some], rng.random(rows, dtype=np.float32)[some]
+    out_TD, expected_TD = np.ones((3, width), np.float32), np.ones((3, width), np.float32)
+    came.accumulate(some, weight_R, token_R, out_TD)
+    accumulate(decoded.block_RD[some], weight_R, token_R, expected_TD)
+    assert out_TD.tobytes() == expected_TD.tobytes()
+
+
+@pytest.mark.parametrize("change", [{"part": 4}, {"part": 0}, {"part": 1, "compute_ns": 9}])
+def test_rows_kept_as_they_came_refuse_the_parts_that_an_assembler_refuses(change: dict[str, Any]) -> None:
+    sent = payloads(hidden(REPLY.rows, REPLY.width), REPLY.scheme, REPLY.parts)
+    came = ReceivedRows(REPLY)
+    came.add(REPLY, sent[0])
+    with pytest.raises(MessageError, match=r"contradicts|came twice or does not exist"):
+        came.add(replace(REPLY, **change), sent[0])
 
 
 class NoRoom(KeptRows[np.float32]):

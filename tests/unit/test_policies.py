@@ -13,9 +13,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from testbed.errors import ConfigError
-from testbed.policies import DROPPED, WLR, Policy, Routing, Selection, State, TopK, label, make_policy
-from testbed.policies.base import BoolArray, FloatArray, IntArray
-from testbed.policies.selection import device_of_pair, finish, rescale, routed
+from testbed.policies.base import DROPPED, BoolArray, FloatArray, IntArray, Policy, Routing, Selection, State
+from testbed.policies.loading import label, make_policy
+from testbed.policies.selection import (
+    arrived_weights,
+    device_of_pair,
+    dropped_share,
+    finish,
+    rescale,
+    routed,
+    surviving_weights,
+)
+from testbed.policies.topk import TopK
+from testbed.policies.wlr import WLR
 
 ROOT = Path(__file__).parents[2]
 WEIGHT = st.just(0.0) | st.floats(2**-20, 2, width=32)
@@ -296,7 +306,7 @@ def test_a_built_in_policy_is_made_by_name_and_called_by_its_label(
 ) -> None:
     policy = make_policy(name, params)
     assert isinstance(policy, Policy)
-    assert label(policy) == said
+    assert label(policy.name, policy.params) == said
 
 
 def test_the_example_policy_drops_light_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +314,7 @@ def test_the_example_policy_drops_light_experts(monkeypatch: pytest.MonkeyPatch)
     path_before = list(sys.path)
     policy = make_policy("examples.my_policy:MinimumWeight", {"minimum": 0.25})
     assert sys.path == path_before
-    assert label(policy) == "minimum_weight minimum=0.25"
+    assert label(policy.name, policy.params) == "minimum_weight minimum=0.25"
     answer = policy.select(*identity_round([[0.9, 0.1], [0.6, 0.4]], [1.0, 1.0]))
     assert isinstance(answer, Selection)
     assert answer.device_TK.tolist() == [[0, DROPPED], [0, 1]]
@@ -350,7 +360,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("own_modules")
 def test_a_policy_is_found_in_the_working_directory() -> None:
-    assert label(make_policy("own_policies:Fine", {})) == "fine"
+    assert make_policy("own_policies:Fine", {}).name == "fine"
 
 
 @pytest.mark.usefixtures("own_modules")
@@ -383,3 +393,61 @@ def test_a_wrong_policy_is_refused_in_one_line_that_helps(name: str, params: dic
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
     assert sys.path == path_before
+
+
+# --- what is left, and what is gone ---
+
+
+@given(rounds(), st.data())
+def test_when_nothing_was_substituted_what_arrived_weighs_as_if_the_rest_had_been_dropped(
+    round_: tuple[Routing, State], data: st.DataObject
+) -> None:
+    routing, state = round_
+    selection = finish(routing, device_of_pair(routing, state))
+    sent_TK = selection.device_TK != DROPPED
+    arrived_TK = sent_TK & data.draw(hnp.arrays(bool, sent_TK.shape))
+    found_TK, expected_TK = arrived_weights(selection, arrived_TK), surviving_weights(routing, arrived_TK)
+    assert found_TK.dtype == expected_TK.dtype
+    left_T1 = (found_TK > 0).any(axis=1, keepdims=True)  # a token whose survivors weigh nothing has nothing to keep
+    np.testing.assert_allclose(found_TK, np.where(left_T1, expected_TK, 0), rtol=1e-5)
+    assert (found_TK[~arrived_TK] == 0).all()
+
+
+@given(rounds())
+def test_what_all_arrived_passes_bit_for_bit(round_: tuple[Routing, State]) -> None:
+    selection = finish(round_[0], device_of_pair(*round_))
+    np.testing.assert_array_equal(
+        arrived_weights(selection, selection.device_TK != DROPPED),
+        np.where(selection.device_TK != DROPPED, selection.weight_TK, 0),
+    )
+
+
+@given(rounds())
+def test_the_dropped_share_is_the_gates_weight_that_is_not_sent(round_: tuple[Routing, State]) -> None:
+    routing = round_[0]
+    selection = finish(routing, device_of_pair(*round_))
+    routed_TK, sent_TK = routed(routing), selection.device_TK != DROPPED
+    total = routing.weight_TK[routed_TK].sum(dtype=float)
+    expected = routing.weight_TK[routed_TK & ~sent_TK].sum(dtype=float) / total if total else 0.0
+    assert dropped_share(routing, selection) == pytest.approx(expected, rel=1e-5)
+    assert 0 <= dropped_share(routing, selection) <= 1 + 1e-6
+
+
+def test_a_replaced_pair_counts_as_dropped_once() -> None:
+    routing, _ = identity_round([[0.5, 0.25, 0.25]], [1.0, 1.0, 1.0])
+    replaced = Selection(np.array([[0, 0, DROPPED]]), routing.weight_TK, expert_TK=np.array([[0, 0, 1]]))
+    assert dropped_share(routing, replaced) == pytest.approx(0.5)
+    assert dropped_share(routing, Selection(routing.expert_TK, routing.weight_TK, expert_TK=routing.expert_TK)) == 0
+
+
+def test_a_token_without_any_expert_takes_no_part_in_the_share() -> None:
+    routing = Routing(0, np.array([[2, 2], [0, 1]]), np.array([[9.0, 9.0], [0.75, 0.25]]), np.eye(2, dtype=bool))
+    selection = Selection(np.array([[DROPPED, DROPPED], [0, DROPPED]]), routing.weight_TK)
+    assert dropped_share(routing, selection) == 0.25
+    assert (
+        dropped_share(
+            Routing(0, routing.expert_TK[:0], routing.weight_TK[:0], routing.holds_NE),
+            Selection(np.empty((0, 2), int), np.empty((0, 2))),
+        )
+        == 0
+    )

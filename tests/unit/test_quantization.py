@@ -19,6 +19,7 @@ from testbed.wire.quantization import (
     accumulate,
     dequantise,
     quantise,
+    received,
     scheme_named,
 )
 
@@ -267,8 +268,8 @@ def test_payloads_are_read_from_bytes_and_from_frames(scheme: Scheme) -> None:
     hidden_TD = np.random.default_rng(2).standard_normal((5, 9)).astype(np.float32)
     payload = quantise(hidden_TD, scheme).tobytes()
     expected = there_and_back(hidden_TD, scheme)
-    for received in (payload, zmq.Frame(payload).buffer):
-        assert_same_bits(decoded(received, hidden_TD.shape, scheme), expected)
+    for came in (payload, zmq.Frame(payload).buffer):
+        assert_same_bits(decoded(came, hidden_TD.shape, scheme), expected)
 
 
 @every_scheme
@@ -290,6 +291,24 @@ def test_any_bytes_decode_to_finite_numbers_or_are_refused(scheme: Scheme, data:
     except MessageError:
         return
     assert np.isfinite(out_RD).all()
+
+
+@every_scheme
+@given(data=st.data(), padding=st.integers(0, 3))
+def test_what_is_taken_as_it_came_is_just_what_can_be_decoded(
+    scheme: Scheme, data: st.DataObject, padding: int
+) -> None:
+    size = scheme.payload_bytes(3, 5 + padding)
+    payload, decodes, is_taken = data.draw(st.binary(min_size=size, max_size=size)), True, True
+    try:
+        dequantise(payload, 3, 5, scheme, np.empty((3, 5), np.float32), 5 + padding)
+    except MessageError as error:
+        decodes = str(error)
+    try:
+        received(payload, 3, 5, scheme, 5 + padding)
+    except MessageError as error:
+        is_taken = str(error)
+    assert decodes == is_taken
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1e-3, -0.0, 2.0**121])

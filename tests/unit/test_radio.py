@@ -77,6 +77,52 @@ def test_without_fading_shadowing_and_blockage_the_rates_are_eq_2_and_3_on_an_ev
         assert links.up_bits_per_s_N == pytest.approx(rate_bits_per_s(25e6, 0.2, gain_N, noise))
 
 
+@pytest.mark.parametrize("medium", ["fdd", "tdd"])
+def test_an_even_share_is_the_split_that_links_have_by_themselves(medium: str) -> None:
+    radio = channel(medium=medium)
+    for prompt in range(3):
+        for rate_N, even_N in zip(radio.shared_links(prompt, np.full(4, 0.25)), radio.links(prompt), strict=True):
+            np.testing.assert_array_equal(rate_N, even_N)
+
+
+def test_shares_of_the_band_carry_eq_2_and_3_of_the_prompts_own_gains() -> None:
+    radio, share_N, noise = channel(), np.array([0.4, 0.3, 0.2, 0.1]), noise_w_per_hz(7)
+    for prompt in (2, 0):
+        links, gains = radio.shared_links(prompt, share_N), radio.gains(prompt)
+        assert links.down_bits_per_s_N == pytest.approx(rate_bits_per_s(share_N * 100e6, 10, gains.down_N, noise))
+        assert links.up_bits_per_s_N == pytest.approx(rate_bits_per_s(share_N * 100e6, 0.2, gains.up_N, noise))
+
+
+def test_a_report_without_error_is_the_true_quality_of_both_ways() -> None:
+    radio, noise = channel(), noise_w_per_hz(7)
+    for prompt in (1, 0):
+        gains = radio.gains(prompt)
+        expected_WN = [10 * gains.down_N**2 / noise, 0.2 * gains.up_N**2 / noise]
+        np.testing.assert_allclose(radio.reported_snr_hz(prompt, 0.0), expected_WN)
+
+
+def test_a_report_is_off_by_its_error_anew_for_every_prompt_device_and_way() -> None:
+    radio = channel()
+    error_db_PWN = np.array(
+        [10 * np.log10(radio.reported_snr_hz(p, 2.0) / radio.reported_snr_hz(p, 0.0)) for p in range(500)]
+    )
+    assert error_db_PWN.std() == pytest.approx(2.0, rel=0.05)
+    assert abs(error_db_PWN.mean()) < 0.2
+    across = np.corrcoef(error_db_PWN.reshape(500, -1).T) - np.eye(8)
+    assert np.abs(across).max() < 0.2
+    assert len(np.unique(error_db_PWN)) == error_db_PWN.size
+
+
+def test_reports_are_the_same_for_whoever_asks_and_change_no_channel() -> None:
+    asked, unasked = channel(), channel()
+    late = [asked.reported_snr_hz(prompt, 3.0) for prompt in (5, 2, 2)]
+    np.testing.assert_array_equal(late[1], late[2])
+    np.testing.assert_array_equal(late[0], channel().reported_snr_hz(5, 3.0))
+    assert all(same(asked.gains(prompt), unasked.gains(prompt)) for prompt in range(7))
+    one_more = channel(np.append(DISTANCE_M_N, 77.0)).reported_snr_hz(5, 3.0)
+    np.testing.assert_array_equal(one_more[:, :4], late[0])
+
+
 def test_the_mean_rates_know_nothing_of_what_was_drawn() -> None:
     drawn = channel(shadowing_db=8.0, blockage=BLOCKAGE, seed=5).mean_links()
     assert np.array_equal(drawn.down_bits_per_s_N, channel(fading="none").mean_links().down_bits_per_s_N)

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from testbed.experiment.results import Results, summarise
+from testbed.experiment.emulated_time import EMULATED_ROUND
+from testbed.experiment.results import Results, prompt_sums_s, summarise
 from testbed.experiment.table import results_notes, results_table
 from testbed.runlog.manifest import write_manifest
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase, Status
 
 LAYERS, DEVICES, TOP_K = 2, 2, 2
+BAND = {"bandwidth": "even", "period": "block"}
 
 
 def written(
@@ -27,6 +30,8 @@ def written(
     dilation: float = 1.0,
     compute_share: float | None = None,
     token_s: Sequence[float] = (),
+    asked_K: Sequence[int] = (0, 1),
+    **of_manifest: Any,
 ) -> Results:
     """Two policies, a scored prompt and a decoded token each; the second is twice as fast and drops a pair.
 
@@ -37,7 +42,7 @@ def written(
         folder,
         {
             "config": {
-                "policy": [{"name": "topk"}, {"name": "wlr", "theta": 0.2}],
+                "policy": [{"name": "topk", **BAND}, {"name": "wlr", "theta": 0.2, **BAND}],
                 "on_loss": {"invalid_above": 0.01},
                 "radio": None,
             },
@@ -45,6 +50,7 @@ def written(
             "devices": ["a", "b"],
             "emulated": {} if compute_share is None else dict.fromkeys("ab", emulated(compute_share, dilation)),
             "links": "none",
+            **of_manifest,
         },
     )
     with Recorder(folder, "run", ["a", "b"], top_k=TOP_K, experts=0) as recorder:
@@ -61,6 +67,7 @@ def written(
                         {
                             "expert": np.tile([0, 1], (count, 1)),
                             "weight": np.tile(np.float32([0.75, 0.25]), (count, 1)),
+                            "asked": np.tile(asked_K, (count, 1)),
                             "kept": kept_TK,
                             "device": np.where(kept_TK, [0, 1], -1),
                             "final_weight": np.where(kept_TK, 0.5, 0),
@@ -157,8 +164,8 @@ def test_the_table_has_a_row_a_policy_and_a_dash_for_the_unknown(tmp_path: Path)
     table = results_table(results)
     assert table.row_count == len(results.rows)
     cells = {str(column.header).replace("\n", " ").strip(): list(column.cells) for column in table.columns}
-    assert cells["policy"] == ["topk", "wlr theta=0.2"]
-    assert cells["cut"] == ["0.0 %", "50.0 %"]
+    assert cells["policy"] == ["topk", "wlr θ=0.2"]
+    assert cells["cut (95 %)"] == ["0.0 %", "50.0 %"]
     assert cells["Eq. 8 cut"] == ["-", "-"]
 
 
@@ -194,3 +201,53 @@ def test_a_single_orphan_among_many_is_counted_and_still_valid(tmp_path: Path) -
     results = written(tmp_path, orphaned_tokens=1, tokens=200)
     assert results.rows[1].orphaned == LAYERS
     assert results.valid
+
+
+def test_weight_that_another_expert_computed_counts_as_dropped(tmp_path: Path) -> None:
+    """In place of every token's second expert another is asked, and nothing else changes."""
+    topk, wlr = written(tmp_path, asked_K=(0, 5)).rows
+    assert topk.kept_fraction == 1.0
+    assert topk.dropped_mass == pytest.approx(0.25)
+    assert wlr.dropped_mass == pytest.approx(0.25), "what was dropped besides would have been replaced"
+
+
+def test_a_row_says_how_the_band_was_shared_out(tmp_path: Path) -> None:
+    own = [{"name": "topk", **BAND}, {"name": "wlr", "theta": 0.2, "bandwidth": "optimal", "period": "prompt"}]
+    config = {"policy": own, "on_loss": {"invalid_above": 0.01}, "radio": None}
+    results = written(tmp_path, config=config)
+    assert [(row.bandwidth, row.period, row.params) for row in results.rows] == [
+        ("even", "block", {}), ("optimal", "prompt", {"theta": 0.2}),
+    ]  # fmt: skip
+    assert list(results_table(results).columns[0].cells) == ["topk", "wlr θ=0.2 optimal/prompt"]
+
+
+def test_a_steered_policy_is_called_by_what_it_was_steered_to(tmp_path: Path) -> None:
+    results = written(tmp_path, policy_params=[{}, {"target_ms": 5.0}])
+    assert list(results_table(results).columns[0].cells) == ["topk", "wlr target_ms=5.0"]
+    assert results.document()["rows"][1]["params"] == {"target_ms": 5.0}
+
+
+def rounds_table(rows: Sequence[tuple[int, int, int, float]]) -> pa.Table:
+    """(prompt, phase, device, emulated seconds)."""
+    return pa.table({
+        name: [row[place] * (1e9 if name == EMULATED_ROUND else 1) for row in rows]
+        for place, name in enumerate(("prompt", "phase", "device", EMULATED_ROUND))
+    })  # fmt: skip
+
+
+def test_a_prompts_sum_is_of_its_prefill_rounds_each_counted_once() -> None:
+    table = rounds_table(
+        [(4, 0, 0, 1.0), (4, 0, 1, 1.0), (2, 0, 0, 3.0), (4, 0, 0, 5.0), (4, 1, 0, 9.0), (7, 1, 0, 9.0)]
+    )
+    assert prompt_sums_s(table).tolist() == [3.0, 6.0]  # of prompts 2 and 4; 7 only decoded
+
+
+def test_without_prefill_there_are_no_sums() -> None:
+    assert prompt_sums_s(rounds_table([(0, 1, 0, 9.0)])).tolist() == []
+
+
+def test_one_prompt_has_a_cut_and_no_interval(tmp_path: Path) -> None:
+    _, wlr = written(tmp_path).rows
+    assert wlr.prefill_cut == pytest.approx(0.5)
+    assert math.isnan(wlr.prefill_cut_low)
+    assert math.isnan(wlr.prefill_cut_high)

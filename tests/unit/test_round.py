@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from bs_node.blocks import Block
+from bs_node.blocks import Block, Output
 from bs_node.round import Round, Transfer
 from testbed.errors import MessageError
 from testbed.runlog.schema import Status
@@ -35,8 +35,7 @@ def transfer(
     block = Block(device, token_R, np.zeros(rows, np.int64), [(device, rows)])
     parts = part_count(rows, SCHEMES[scheme].bytes_per_value * WIDTH, part_bytes)
     request = RequestPart(RUN, NUMBER, 0, LAYER, 0, parts, rows, WIDTH, WIDTH, scheme, "fp32", block.segments)
-    rooms = KeptRows(np.uint8), KeptRows(np.float32)
-    return Transfer(block, quantise(hidden(rows), SCHEMES[scheme]), request, window_bytes, rooms)
+    return Transfer(block, quantise(hidden(rows), SCHEMES[scheme]), request, window_bytes, KeptRows(np.uint8))
 
 
 def send_all(sending: Transfer) -> list[tuple[RequestPart, bytes]]:
@@ -67,6 +66,13 @@ def started(*devices: int, **settings: Any) -> Round:
     for sending in current.transfers.values():
         send_all(sending)
     return current
+
+
+def added_up(output: Output, rows: int) -> NDArray[np.float32]:
+    """Each row once, to a token of its own."""
+    out_TD = np.zeros((rows, WIDTH), np.float32)
+    output.accumulate(slice(0, rows), np.ones(rows, np.float32), np.arange(rows), out_TD)
+    return out_TD
 
 
 def status(current: Round, device: int) -> Status:
@@ -146,8 +152,8 @@ def test_replies_may_come_in_any_order_of_devices_and_parts(order: list[tuple[in
     assert current.waiting == set()
     for outcome in current.outcomes():
         assert outcome.status is Status.ANSWERED
-        assert outcome.output_RD is not None
-        assert outcome.output_RD.tobytes() == hidden(6, seed=1).tobytes()
+        assert outcome.output is not None
+        assert added_up(outcome.output, 6).tobytes() == hidden(6, seed=1).tobytes()
         assert outcome.parts_up == 3
 
 
@@ -169,10 +175,10 @@ def test_a_device_is_waited_for_until_its_last_part() -> None:
     for part, payload in reply(parts=3)[:2]:
         assert current.take(0, part, payload, NOW_NS)
     assert current.waiting == {0, 1}
-    assert current.transfers[0].outcome.output_RD is None
+    assert current.transfers[0].outcome.output is None
     current.give_up(0, Status.LATE)
     assert status(current, 0) is Status.LATE
-    assert current.transfers[0].outcome.output_RD is None
+    assert current.transfers[0].outcome.output is None
     assert current.transfers[0].outcome.rtt_ns is None
     assert current.transfers[0].outcome.parts_up == 2
 
@@ -243,7 +249,7 @@ def test_a_device_given_up_keeps_its_first_reason_and_its_reply_is_not_taken(why
     assert not current.take(0, part, payload, NOW_NS)
     assert current.waiting == {1}
     assert status(current, 0) is why
-    assert current.transfers[0].outcome.output_RD is None
+    assert current.transfers[0].outcome.output is None
 
 
 @pytest.mark.parametrize(
@@ -266,7 +272,7 @@ def test_a_reply_that_is_not_as_asked_breaks_the_rules_and_gives_no_output(chang
     with pytest.raises(MessageError, match=words):
         current.take(0, replace(part, **change), payload, NOW_NS)
     current.give_up(0, Status.INVALID)
-    assert current.transfers[0].outcome.output_RD is None
+    assert current.transfers[0].outcome.output is None
     assert current.waiting == {1}
 
 

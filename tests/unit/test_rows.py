@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from numpy.typing import NDArray
 from bs_node.blocks import Block, Combiner, Outcome, arrived
 from bs_node.dispatcher import ExchangeTimes, InProcessDispatcher
 from bs_node.registry import Node
-from bs_node.rows import Finished, RoundTimes, Rows, orphaned
+from bs_node.rows import ASKED, MEASURED, Finished, RoundTimes, Rows, orphaned
 from bs_node.session import Session
 from testbed.latency.estimator import Estimator, Prediction
-from testbed.policies import DROPPED, Routing, Selection, State, TopK
+from testbed.policies.base import DROPPED, Routing, Selection, State
+from testbed.policies.topk import TopK
 from testbed.runlog.reader import read_table
 from testbed.runlog.recorder import OWN_COLUMNS, Recorder
 from testbed.runlog.schema import ROUND_COLUMNS, GenerationPhase, Status, token_columns
@@ -80,7 +82,8 @@ def finished(*outcomes: Outcome, routing: Routing | None = None) -> Finished:
     selection = Selection(routing.expert_TK, routing.weight_TK)
     times = RoundTimes(1000, 1, 2, 3, ExchangeTimes(4, 5, 6, 7), last_ns=1500)
     keys = {**KEYS, "node_boot": [1, 2, 2**64 - 1]}
-    return Finished(keys, routing, state_of(), selection, outcomes, KEPT_TK, routing.weight_TK, times)
+    asked_3N = np.arange(3.0 * DEVICES).reshape(3, DEVICES)
+    return Finished(keys, routing, state_of(), selection, outcomes, KEPT_TK, routing.weight_TK, times, asked_3N)
 
 
 def of(done: Finished, keep_scores: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -111,6 +114,8 @@ def test_what_is_known_of_a_block_stands_in_its_devices_row() -> None:
         "predicted_compute_s": 0.25, "predicted_down_s": 0.5, "predicted_up_s": 0.75,
         "state_token_s": 1, "state_available": True, "state_age_s": 4,
         "state_base_s": 7, "state_expert_s": 10, "state_row_s": 13, "node_boot": 2,
+        "bandwidth_hz": 1, "asked_down_bits_per_s": 4, "asked_up_bits_per_s": 7,
+        "measured_down_bits_per_s": 80 * 5 * 1e9 / 20, "measured_up_bits_per_s": 88 * 5 * 1e9 / 30,
     }  # fmt: skip
     assert found == expected
 
@@ -166,6 +171,37 @@ def test_unknown_is_null_in_the_log(tmp_path: Path) -> None:
     assert table["node_boot"].to_pylist() == [1, 2, None]
     assert table["clock_offset_s"].to_pylist() == [-2.5, None, None]
     assert table["bytes_down"].to_pylist() == [10, 0, 0]
+
+
+def test_the_experts_that_were_asked_stand_beside_those_the_gate_chose() -> None:
+    done, asked_TK = finished(), np.array([[2, 1], [0, 1]])
+    substituted = done._replace(selection=replace(done.selection, expert_TK=asked_TK))
+    for one, expected_TK in ((done, done.routing.expert_TK), (substituted, asked_TK)):
+        _, tokens = of(one)
+        np.testing.assert_array_equal(tokens["asked"], expected_TK)
+        np.testing.assert_array_equal(tokens["expert"], done.routing.expert_TK)
+
+
+def test_without_a_band_nothing_is_said_of_rates() -> None:
+    rounds, _ = of(finished(answered_by(0))._replace(asked_3N=None))
+    assert not {*ASKED, *MEASURED} & rounds.keys()
+
+
+@pytest.mark.parametrize("changed", [{"down_ns": None}, {"down_ns": 0}])
+def test_a_rate_that_was_not_measured_is_unknown(changed: dict[str, Any]) -> None:
+    rounds, _ = of(finished(replace(answered_by(0), **changed)))
+    assert np.isnan(rounds["measured_down_bits_per_s"]).all()
+    assert np.isnan(rounds["measured_up_bits_per_s"]).tolist() == [False, True, True]
+
+
+def test_a_rate_is_that_of_the_emulated_world(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "run", ["a", "b", "c"], top_k=2, experts=EXPERTS) as recorder:
+        for dilation in (1.0, 5.0):
+            done = finished(answered_by(0))
+            recorder.record_round(*of(done._replace(keys={**done.keys, "dilation": dilation})))
+    table = read_table(tmp_path, "rounds")
+    assert table["measured_down_bits_per_s"].to_pylist() == pytest.approx([4e9, None, None, 2e10, None, None])
+    assert table["bandwidth_hz"].to_pylist() == [0, 1, 2] * 2
 
 
 def test_a_token_of_which_nothing_arrived_is_orphaned_unless_the_gate_gave_it_no_expert() -> None:
@@ -228,7 +264,8 @@ def test_a_session_gives_every_column_that_the_log_wants() -> None:
     play(session)
     session.settle()
     (rounds,), (tokens,) = kept.rounds, kept.tokens
-    assert rounds.keys() == {column.name for column in ROUND_COLUMNS} - OWN_COLUMNS["rounds"]
+    of_a_band = {*ASKED, *MEASURED}  # there is none
+    assert rounds.keys() == {column.name for column in ROUND_COLUMNS} - OWN_COLUMNS["rounds"] - of_a_band
     assert tokens.keys() == {column.name for column in token_columns()} - OWN_COLUMNS["tokens"]
     assert rounds["status"].tolist() == [Status.ANSWERED, Status.ANSWERED, Status.IDLE]
     assert tokens["kept"].all()

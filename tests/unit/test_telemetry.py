@@ -6,12 +6,17 @@ import json
 import math
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import until
 
-from jetson_node.telemetry import Telemetry, board_figures
+from jetson_node.jtop_sampler import sample_line
+from jetson_node.telemetry import Telemetry, board_figures, sample_of_line
 
 # fmt: off
 CAPTURED = {
@@ -19,6 +24,18 @@ CAPTURED = {
     "Fan pwmfan0": 26.274509803921568, "Temp cpu": 46.062, "Temp cv0": -256, "Temp cv1": -256, "Temp gpu": 46.406,
     "Temp soc0": 45.875, "Temp tj": 47.906, "Power VDD_CPU_GPU_CV": 1064, "Power VDD_SOC": 1540, "Power TOT": 5133,
     "jetson_clocks": "OFF", "nvp model": "25W",
+}
+CAPTURED_POWER: dict[str, Any] = {
+    "rail": {
+        "VDD_CPU_GPU_CV": {"volt": 4928, "curr": 216, "warn": 32760, "crit": 32760, "power": 1064,
+                           "online": True, "avg": 806},
+        "VDD_SOC": {"volt": 4936, "curr": 312, "warn": 32760, "crit": 32760, "power": 1540,
+                    "online": True, "avg": 1524},
+    },
+    "tot": {
+        "volt": 4936, "curr": 1040, "warn": 5232, "crit": 5232, "power": 5133, "online": True, "avg": 4800,
+        "name": "VDD_IN",
+    },
 }
 # fmt: on
 
@@ -66,3 +83,82 @@ def test_importing_the_node_never_imports_jtop() -> None:
     code = "import sys, json, jetson_node.telemetry, jetson_node.worker; print(json.dumps('jtop' in sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(printed.stdout) is False
+
+
+def sampled(power: dict[str, Any], sampled_ns: int = 5_000_000_000) -> dict[str, float | None]:
+    """Figures 0.25 s after the sample."""
+    sample = sample_of_line(sample_line(CAPTURED, power, sampled_ns).encode())
+    assert sample is not None
+    return sample.figures(sampled_ns + 250_000_000)
+
+
+def test_a_captured_sample_tells_its_age_and_the_rail_of_its_total_power() -> None:
+    figures = sampled(CAPTURED_POWER)
+    assert figures["tot_w"] == 5.133
+    assert figures["board_age_s"] == 0.25
+    assert [name for name in figures if name.startswith("tot_rail")] == ["tot_rail:VDD_IN"]
+
+
+def test_a_board_that_names_no_rail_for_its_total_has_a_sum_of_rails() -> None:
+    """Synthetic: the captured figures without the name, as jtop gives them where it adds rails up."""
+    total = {key: value for key, value in CAPTURED_POWER["tot"].items() if key != "name"}
+    assert "tot_rail:sum" in sampled({**CAPTURED_POWER, "tot": total})
+
+
+@pytest.mark.parametrize("power", [{}, {"rail": {}, "tot": {}}])
+def test_a_board_without_power_names_no_rail(power: dict[str, Any]) -> None:
+    assert not any(name.startswith("tot_rail") for name in sampled(power))
+
+
+def test_what_has_no_plain_value_does_not_travel() -> None:
+    line = sample_line({"time": object(), "GPU": 1.5}, {}, 1)
+    assert json.loads(line) == {"sampled_ns": 1, "total_rail": None, "stats": {"GPU": 1.5}}
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[1]", b"3", b"{}", b'{"sampled_ns": 1.5, "total_rail": 0, "stats": []}'])
+def test_a_line_that_is_no_sample_gives_none(line: bytes) -> None:
+    assert sample_of_line(line) is None
+
+
+SYNTHETIC_JTOP = """
+import time
+
+class JtopException(Exception):
+    pass
+
+class jtop:
+    power = {"tot": {"power": 5133, "name": "VDD_IN"}}
+    stats = {"Power TOT": 5133}
+
+    def __init__(self, interval):
+        self.samples = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ok(self):
+        self.samples += 1
+        while self.samples > 1:
+            time.sleep(1)
+        return True
+"""
+
+
+def test_a_sampler_that_is_stuck_grows_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Synthetic: a service that gives one sample and then hangs."""
+    (tmp_path / "jtop.py").write_text(SYNTHETIC_JTOP)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    began_s = time.monotonic()
+    telemetry = Telemetry()
+    try:
+        first = until(lambda: figures if "tot_w" in (figures := telemetry.figures()) else None, 20, "a sample")
+        second = telemetry.figures()
+    finally:
+        telemetry.close()
+    assert first["tot_w"] == second["tot_w"] == 5.133
+    assert 0 < (first["board_age_s"] or 0) < (second["board_age_s"] or 0) < time.monotonic() - began_s
+    assert "tot_rail:VDD_IN" in first

@@ -105,11 +105,11 @@ def test_what_a_node_said_before_its_reply_is_no_part_of_the_reply(tmp_path: Pat
 
 
 def test_another_devices_frames_are_its_own(tmp_path: Path) -> None:
-    others = [(1, DOWN, 3, 55, 50), (1, UP, 70, 99, 20)]
+    others = [(1, DOWN, 3, 27, 22), (1, UP, 70, 99, 20)]
     truth = truth_of(tmp_path, [*REQUESTS, *REPLIES, *others], FIRST, {**FIRST, "device": 1})
-    assert truth.down_ns.tolist() == [29, 55]
+    assert truth.down_ns.tolist() == [29, 27]
     assert truth.up_ns.tolist() == [35, 39]
-    assert truth.down_air_ns.tolist() == [22, 50]
+    assert truth.down_air_ns.tolist() == [22, 22]
     assert truth.up_air_ns.tolist() == [29, 20]
 
 

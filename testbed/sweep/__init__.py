@@ -1,0 +1,1 @@
+"""A grid of runs over keys of a run file, kept point by point, and set side by side."""
