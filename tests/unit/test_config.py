@@ -428,7 +428,7 @@ def test_how_the_band_is_shared_out_is_no_parameter_of_the_policy(tmp_path: Path
     ("text", "said"),
     [
         (LEAST + OPTIMAL, 'policy "topk": there is no band to share out; it needs a [radio] without a trace'),
-        (LEAST + PLACED + JOINT + 'bandwidth = "optimal"\n', "policy[1]: bandwidth: joint shares out the band by itself"),
+        (LEAST + PLACED + JOINT + 'bandwidth = "optimal"\n', "policy[1]: bandwidth: joint shares out the band by"),
         (LEAST + PLACED + '[[policy]]\nname = "wlr"\nperiod = "prompt"\n', "policy[1]: period: without effect"),
         (LEAST + TRACED + OPTIMAL, 'policy "topk": there is no band to share out; it needs a [radio] without a trace'),
         (
