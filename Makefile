@@ -12,13 +12,17 @@ READY := .venv/.ready
 READY310 := .venv310/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test check test-310 bench demo-model clean
+.PHONY: run test check test-browser test-310 bench demo-model clean
 
 run: $(READY)  ## eight node processes, a real MoE, top-k against WLR
 	$(BIN)/testbed run configs/local.toml
 
 test: check test-310  ## everything that must hold
 	$(BIN)/python -m pytest -q
+
+test-browser: $(READY)  ## reports and traces, looked at in the system's Chromium
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python -m pytest -q tests/integration/test_report_in_browser.py tests/integration/test_trace_in_perfetto.py
 
 check: $(READY)  ## style, types, who may import whom
 	$(BIN)/ruff check .

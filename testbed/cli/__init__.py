@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from testbed.cli import doctor, keys, node, probe, run, simulate, sweep
+from testbed.cli import doctor, keys, logs, node, probe, run, simulate, sweep
 from testbed.errors import WdmoeError
 
 INTERRUPTED = 130
-EXTRAS = {"torch", "transformers", "accelerate", "tokenizers"}
+EXTRAS = {"torch", "transformers", "accelerate", "tokenizers", "duckdb", "vl_convert"}
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +26,7 @@ app.command("sweep", epilog=sweep.EXAMPLE)(sweep.command)
 app.command("simulate", epilog=simulate.EXAMPLE)(simulate.command)
 app.command("probe", epilog=probe.EXAMPLE)(probe.command)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.command)
+app.add_typer(logs.app, name="logs")
 app.command("keys", epilog=keys.EXAMPLE)(keys.command)
 app.command("node", context_settings=node.PASS_ALL_ON, add_help_option=False)(node.command)
 

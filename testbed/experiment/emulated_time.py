@@ -27,6 +27,8 @@ def with_emulated_times(
     run_dir: Path, rounds: pa.Table, manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
 ) -> pa.Table:
     """Adds the round's time without dilation, and what channel and device alone asked for in each row (real ns)."""
+    if "dilation" not in rounds.column_names:  # the first runs emulated nothing
+        rounds = rounds.append_column("dilation", pa.array(np.ones(rounds.num_rows)))
     dilation = rounds["dilation"].to_numpy()
     path_ns = emulated_compute_s(rounds, manifest, events) * dilation * 1e9
     radio = manifest["config"].get("radio") or {}

@@ -17,6 +17,7 @@ from testbed.experiment.setup import labels, standing_testbed
 from testbed.policies.base import Policy
 from testbed.policies.loading import make_policy
 from testbed.policies.steering import SteerablePolicy, Steered
+from testbed.runlog.catalog import write_results
 
 
 def run_experiment(
@@ -36,7 +37,9 @@ def run_experiment(
     ):
         for index, (policy, name) in enumerate(zip(policies, labels(config, policies), strict=True)):
             base_station.run_policy(index, policy, name, progress)
-    return summarise(run_dir)
+    results = summarise(run_dir)
+    write_results(run_dir, results.document())
+    return results
 
 
 def make_policies(config: RunConfig) -> list[Policy]:

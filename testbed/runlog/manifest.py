@@ -1,8 +1,7 @@
-"""A run's folder: its name, its manifest, and how to find it again."""
+"""A run's folder: its name and its manifest."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import platform
@@ -53,21 +52,6 @@ def new_run_directory(root: Path, name: str) -> Path:
         except OSError as error:
             raise RunLogError(f"{run_dir}: cannot be made ({error.strerror}); choose another logs folder") from error
     return run_dir
-
-
-def find_run(root: Path, which: str) -> Path:
-    """The folder of a run: `latest`, a run id under `root`, or a path; RunLogError offers the nearest name."""
-    runs = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
-    if which == "latest":
-        if runs:
-            return runs[-1]
-        raise RunLogError(f"{root}: no runs here yet; start one with `testbed run`, or name its folder")
-    for run_dir in (root / which, Path(which)):
-        if (run_dir / MANIFEST).is_file():
-            return run_dir
-    nearest = difflib.get_close_matches(which, [run.name for run in runs], n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"`latest` or a run id under {root} is expected"
-    raise RunLogError(f"no run {which!r}: {hint}")
 
 
 def write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> Path:

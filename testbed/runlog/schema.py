@@ -243,8 +243,12 @@ README_HEAD = """# What a run leaves here
 | `rounds-0000.parquet`, … | one row per (round, device), also for a device that got no rows |
 | `tokens-0000.parquet`, … | one row per (round, token) |
 | `rounds-0000.seg`, … | the same rows while the run goes on, or after it was killed |
+| `results.json` | the table of the run, as it was printed |
+| `summary.json`, `summary.npz` | times per node and phase in bins of 1 %, which `testbed logs show` reads |
+| `links.parquet` | what the emulated links really did, where they were a relay |
 
-DuckDB, Polars and pandas read the Parquet files; `testbed.runlog.reader` reads them and the segments alike.
+DuckDB, Polars and pandas read the Parquet files, `testbed logs query` asks all runs at once, and
+`testbed.runlog.reader` reads them and the segments alike.
 A row that was recorded survives `kill -9`. Unknown is null, never 0. Durations are differences on one clock; stamps of
 two machines must not be subtracted without the offset between their clocks."""
 

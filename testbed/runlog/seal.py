@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from testbed.errors import RunLogError
 from testbed.runlog.reader import read_parquet, to_table
 from testbed.runlog.schema import EVENTS, PARQUET, SEGMENT
 from testbed.runlog.segment import TEMPORARY, new_file, read_segment
+from testbed.runlog.summary import write_summary
 
 
 def seal_run(run_dir: Path) -> list[Path]:
@@ -27,7 +29,11 @@ def seal_segments(run_dir: Path) -> list[Path]:
     """Seal every segment; the caller holds the run."""
     for unfinished in run_dir.glob(f"*{SEGMENT}{TEMPORARY}"):
         unfinished.unlink()
-    return [seal_segment(path) for path in sorted(run_dir.glob(f"*{SEGMENT}"))]
+    sealed = [seal_segment(path) for path in sorted(run_dir.glob(f"*{SEGMENT}"))]
+    if sealed:
+        with suppress(RunLogError):  # the rows are safe; a summary can be made again when it is asked for
+            write_summary(run_dir)
+    return sealed
 
 
 def seal_segment(path: Path) -> Path:

@@ -25,7 +25,7 @@ from testbed.runlog.schema import ROUND_COLUMNS
 
 rows = {{c.name: 0 for c in ROUND_COLUMNS if not c.nullable and c.name not in ("device", "tokens")}}
 shape = ({TOKENS}, 2)
-tokens = {{name: np.zeros(shape) for name in ("expert", "weight", "kept", "device", "final_weight")}}
+tokens = {{name: np.zeros(shape) for name in ("expert", "asked", "weight", "kept", "device", "final_weight")}}
 names = [str(n) for n in range({DEVICES})]
 recorder = Recorder(Path(sys.argv[1]), "run", names, top_k=2, experts=0, segment_rows={SEGMENT_ROWS})
 for number in count():

@@ -79,7 +79,8 @@ def assert_log_is_complete(run_dir: Path, file: Path) -> None:
     rounds, tokens = read_table(run_dir, "rounds"), read_table(run_dir, "tokens")
     manifest = read_manifest(run_dir)
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {MANIFEST, CONFIG, EVENTS, "nodes", "rounds-0000.parquet", "tokens-0000.parquet"}
+    summed_up = {"summary.json", "summary.npz", "results.json"}
+    assert names == {MANIFEST, CONFIG, EVENTS, "nodes", "rounds-0000.parquet", "tokens-0000.parquet", *summed_up}
     assert (run_dir / CONFIG).read_text() == file.read_text()
     assert len(manifest["text_sha256"]) == 64
     assert len(manifest["devices"]) == DEVICES

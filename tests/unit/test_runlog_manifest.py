@@ -9,7 +9,7 @@ import pytest
 
 from testbed.errors import RunLogError
 from testbed.runlog import manifest
-from testbed.runlog.manifest import environment, find_run, new_run_directory, write_config, write_manifest
+from testbed.runlog.manifest import environment, new_run_directory, write_config, write_manifest
 from testbed.runlog.reader import read_manifest
 
 
@@ -36,26 +36,6 @@ def test_a_logs_folder_that_is_a_file_is_named(tmp_path: Path, below: str) -> No
     (tmp_path / "logs").write_text("")
     with pytest.raises(RunLogError, match="choose another"):
         new_run_directory(tmp_path / "logs" / below, "local")
-
-
-def test_a_run_is_found_by_its_id_its_path_or_as_the_latest(tmp_path: Path, stopped_clock: None) -> None:
-    first, second, unfinished = (new_run_directory(tmp_path, "local") for _ in range(3))
-    for run_dir in (first, second):
-        write_manifest(run_dir, {"run": run_dir.name})
-    assert unfinished.is_dir()
-    assert find_run(tmp_path, "latest") == second
-    assert find_run(tmp_path, first.name) == first
-    assert find_run(tmp_path / "elsewhere", str(first)) == first
-
-
-def test_a_run_that_is_not_there_is_one_line_with_the_nearest_name(tmp_path: Path) -> None:
-    with pytest.raises(RunLogError, match="no runs here yet"):
-        find_run(tmp_path, "latest")
-    run_dir = new_run_directory(tmp_path, "local")
-    write_manifest(run_dir, {})
-    with pytest.raises(RunLogError, match=f"did you mean {run_dir.name}") as caught:
-        find_run(tmp_path, run_dir.name[:-1])
-    assert "\n" not in str(caught.value)
 
 
 def test_the_manifest_is_read_back_and_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""A run as one page: figures out of its log, each with the SQL that asks for its numbers."""
