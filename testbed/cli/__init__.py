@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from testbed.cli import doctor, keys, logs, node, probe, run, simulate, sweep
+from testbed.cli import doctor, keys, logs, node, probe, run, simulate, sweep, watch
 from testbed.errors import WdmoeError
 
 INTERRUPTED = 130
-EXTRAS = {"torch", "transformers", "accelerate", "tokenizers", "duckdb", "vl_convert"}
+EXTRAS = {"torch", "transformers", "accelerate", "tokenizers", "duckdb", "vl_convert", "prometheus_client"}
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("run", epilog=run.EXAMPLE)(run.command)
 app.command("sweep", epilog=sweep.EXAMPLE)(sweep.command)
 app.command("simulate", epilog=simulate.EXAMPLE)(simulate.command)
+app.command("watch", epilog=watch.EXAMPLE)(watch.command)
 app.command("probe", epilog=probe.EXAMPLE)(probe.command)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.command)
 app.add_typer(logs.app, name="logs")

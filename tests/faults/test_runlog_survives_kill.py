@@ -24,6 +24,7 @@ from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import ROUND_COLUMNS
 
 rows = {{c.name: 0 for c in ROUND_COLUMNS if not c.nullable and c.name not in ("device", "tokens")}}
+rows["dilation"] = 1
 shape = ({TOKENS}, 2)
 tokens = {{name: np.zeros(shape) for name in ("expert", "asked", "weight", "kept", "device", "final_weight")}}
 names = [str(n) for n in range({DEVICES})]
