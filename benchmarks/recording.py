@@ -36,6 +36,7 @@ def token_columns(rng: np.random.Generator, tokens: int) -> dict[str, Any]:
     shape_TK = (tokens, TOP_K)
     return {
         "expert": rng.integers(0, EXPERTS, shape_TK),
+        "asked": rng.integers(0, EXPERTS, shape_TK),
         "weight": rng.random(shape_TK, np.float32),
         "kept": rng.random(shape_TK) > 0.2,
         "device": rng.integers(-1, DEVICES, shape_TK),
