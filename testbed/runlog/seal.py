@@ -31,7 +31,8 @@ def seal_segments(run_dir: Path) -> list[Path]:
         unfinished.unlink()
     sealed = [seal_segment(path) for path in sorted(run_dir.glob(f"*{SEGMENT}"))]
     if sealed:
-        with suppress(RunLogError):  # the rows are safe; a summary can be made again when it is asked for
+        # The rows are safe, whatever stands in them; a summary can be made again when it is asked for.
+        with suppress(RunLogError, ArithmeticError, ValueError):
             write_summary(run_dir)
     return sealed
 

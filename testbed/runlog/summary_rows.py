@@ -131,8 +131,10 @@ class RoundRows:
         )
         self._shape = tuple(int(part_R.max()) + 1 for part_R in (self.policy_R, self.phase_R, self.device_R))
         self.group_R: Ints = np.ravel_multi_index((self.policy_R, self.phase_R, self.device_R), self._shape)
-        stretched = "dilation" in table.column_names  # older runs knew of none
-        self.dilation_R: Floats = self.column("dilation").astype(float) if stretched else np.ones(len(self.group_R))
+        self.dilation_R: Floats = np.ones(len(self.group_R))
+        if "dilation" in table.column_names:  # older runs knew of none
+            dilation_R = self.column("dilation").astype(float)
+            np.copyto(self.dilation_R, dilation_R, where=(dilation_R > 0) & (dilation_R < np.inf))
         self.sent_R: NDArray[np.bool_] = self.column("rows") > 0
         self._order = {True: self._by_group(self.sent_R), False: self._by_group(self.device_R == 0)}
 
