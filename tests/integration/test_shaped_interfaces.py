@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 import numpy as np
@@ -171,7 +172,8 @@ def test_a_flow_has_the_rate_that_was_asked_within_a_tenth(stack: ExitStack, bed
     set_rate, flow = bed
     set_rate(asked)
     flow.keep_going(stack)
-    assert rates_from_now(flow, after_s=0.1) == pytest.approx([asked], rel=0.1)
+    tries = [rates_from_now(flow, after_s=0.1)[0] for _ in range(5)]  # the machine may be busy in some of them
+    assert median(tries) == pytest.approx(asked, rel=0.1)
 
 
 @in_kernel
