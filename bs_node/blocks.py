@@ -164,6 +164,7 @@ class Combiner:
     def __init__(self, blocks: Sequence[Block], weight_TK: FloatArray, out_TD: Float32) -> None:
         self.blocks, self._weight_TK, self.out_TD = blocks, weight_TK, out_TD
         self._output_of: dict[int, Output] = {}  # device -> its rows
+        self._weight_of: dict[int, Float32] = {}  # device -> the weights of its rows
         self._ahead: list[tuple[int, Block, slice]] | None = None  # still to add, the next one last
         self.spent_ns = 0
 
@@ -174,15 +175,24 @@ class Combiner:
             self._output_of[outcome.block.device] = outcome.output
             if self._ahead is None:
                 self._ahead = pieces(self.blocks)[::-1]
+                self._weigh()
             while self._ahead and (output := self._output_of.get(self._ahead[-1][1].device)) is not None:
                 _, block, rows = self._ahead.pop()
                 self._add(block, rows, output)
         self.spent_ns += monotonic_ns() - started_ns
 
+    def _weigh(self) -> None:
+        """The weights of all rows in one gather."""
+        token_P = np.concatenate([block.token_R for block in self.blocks])
+        choice_P = np.concatenate([block.choice_R for block in self.blocks])
+        weight_P = self._weight_TK[token_P, choice_P].astype(np.float32, copy=False)
+        first = 0
+        for block in self.blocks:
+            self._weight_of[block.device] = weight_P[first : first + block.rows]
+            first += block.rows
+
     def _add(self, block: Block, rows: slice, output: Output) -> None:
-        token_R = block.token_R[rows]
-        weight_R = self._weight_TK[token_R, block.choice_R[rows]].astype(np.float32, copy=False)
-        output.accumulate(rows, weight_R, token_R, self.out_TD)
+        output.accumulate(rows, self._weight_of[block.device][rows], block.token_R[rows], self.out_TD)
 
 
 def pieces(blocks: Sequence[Block]) -> list[tuple[int, Block, slice]]:
@@ -209,7 +219,6 @@ def combine(outcomes: Sequence[Outcome], weight_TK: FloatArray, out_TD: Float32)
 def arrived(outcomes: Sequence[Outcome], device_TK: IntArray) -> NDArray[np.bool_]:
     """arrived_TK: the pairs that were sent and whose output is there."""
     arrived_TK: NDArray[np.bool_] = device_TK != DROPPED
-    for outcome in outcomes:
-        if outcome.output is None:
-            arrived_TK[outcome.block.token_R, outcome.block.choice_R] = False
+    for block in [outcome.block for outcome in outcomes if outcome.output is None]:
+        arrived_TK[block.token_R, block.choice_R] = False
     return arrived_TK

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from operator import attrgetter
 from time import monotonic_ns
 from typing import Protocol
@@ -12,6 +11,7 @@ import numpy as np
 
 from bs_node.blocks import Outcome
 from bs_node.registry import Node
+from bs_node.tables import table
 from testbed.latency.clock_kernels import NOTHING, split_times
 from testbed.latency.clock_sync import Clocks
 from testbed.latency.lessons import Floats, Ints
@@ -63,15 +63,18 @@ class Learning:
 
         Nothing is learnt from a block that was not on a wire.
         """
-        sent = [outcome for outcome in outcomes if None not in _STAMPS(outcome)]
+        sent, stamps = [], []
+        for outcome in outcomes:
+            if None not in (four := _STAMPS(outcome)):
+                sent.append(outcome)
+                stamps.append(four)
         if not sent:
             return
-        facts = [(*_STAMPS(o), o.block.rows, len(o.block.segments), o.bytes_down, o.bytes_up) for o in sent]
-        facts_B8 = np.fromiter(chain.from_iterable(facts), np.int64, 8 * len(facts)).reshape(-1, 8)
-        stamps_B4, what_B4 = facts_B8[:, :4].copy(), facts_B8[:, 4:].copy()
+        stamps_B4 = table(stamps, np.int64)
+        what_B4 = table([(o.block.rows, len(o.block.segments), o.bytes_down, o.bytes_up) for o in sent], np.int64)
         device_B = np.array([outcome.block.device for outcome in sent])
         real_ns_B = np.array([outcome.dilation * 1e9 for outcome in sent])  # of one emulated second
-        air_ratio_B2 = np.array([outcome.air_ratio for outcome in sent])
+        air_ratio_B2 = table([outcome.air_ratio for outcome in sent], np.float64)
         ways_B4, seconds_B4 = self._clocks.exchanges(device_B, stamps_B4), np.empty(stamps_B4.shape)
         split_times(stamps_B4, ways_B4, real_ns_B, seconds_B4)
         predicted_s_B3 = self.estimates.teach_all(device_B, what_B4, seconds_B4, air_ratio_B2, stamps_B4[:, 3] / 1e9)

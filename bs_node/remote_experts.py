@@ -52,7 +52,7 @@ def remote_experts(
     blocks = session.group(routing, selection)
     times.grouped()
 
-    hidden = hidden_TD.detach().to("cpu", torch.float32).contiguous().numpy()
+    hidden = as_float32(hidden_TD)
     combiner = Combiner(blocks, selection.weight_TK, np.zeros_like(hidden))
     outcomes, exchange_times = session.exchange(routing, state, selection, hidden, combiner)
     times.exchanged(exchange_times)
@@ -65,13 +65,24 @@ def remote_experts(
     times.combined(combiner.spent_ns)
 
     session.finish(routing, state, selection, outcomes, arrived_TK, final_TK, times)
-    return torch.from_numpy(out_TD).to(hidden_TD.device, hidden_TD.dtype)
+    out = torch.from_numpy(out_TD)
+    return out if is_plain(hidden_TD) else out.to(hidden_TD.device, hidden_TD.dtype)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """In this memory, fp32 and without a gradient: numpy can have it as it is. Asking is faster than converting."""
+    return tensor.device.type == "cpu" and tensor.dtype is torch.float32 and not tensor.requires_grad
+
+
+def as_float32(tensor: torch.Tensor) -> NDArray[np.float32]:
+    plain = tensor if is_plain(tensor) else tensor.detach().to("cpu", torch.float32)
+    return np.ascontiguousarray(plain.numpy())
 
 
 def gated(layer: RemoteLayer, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> Routing:
     """The gate's answer as plain arrays."""
     experts = expert_TK.cpu().numpy()
-    weights = weight_TK.detach().to("cpu", torch.float32).numpy()
+    weights = as_float32(weight_TK)
     scores = layer.gate.scores(experts, weights) if layer.gate is not None else None
     return Routing(layer.index, experts, weights, layer.holds_NE, scores)
 

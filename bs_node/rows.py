@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from math import nan
 from operator import attrgetter
 from time import monotonic_ns
@@ -14,15 +13,14 @@ import numpy as np
 
 from bs_node.blocks import Outcome
 from bs_node.dispatcher import ExchangeTimes
+from bs_node.tables import table
 from testbed.policies.base import BoolArray, FloatArray, Routing, Selection, State
 from testbed.policies.selection import routed
 
-# An outcome's fields that are columns.
-OF_OUTCOME = (
-    "bytes_down",
-    "bytes_up",
-    "parts_down",
-    "parts_up",
+# Columns that lie side by side in the log travel there together: a round is written in a dozen moves.
+TIMES, SECONDS, BAND = "select_ns:clock_bound_ns", "clock_offset_s:state_row_s", "bandwidth_hz:measured_up_bits_per_s"
+OF_ROUND = ("select_ns", "group_ns", "quantise_ns", "wait_ns", "dequantise_ns", "combine_ns", "round_ns")
+OF_OUTCOME = (  # fields of an outcome that are columns
     "send_ns",
     "rtt_ns",
     "bs_sent_ns",
@@ -38,12 +36,9 @@ OF_OUTCOME = (
     "up_ns",
     "clock_bound_ns",
 )  # fmt: skip
-
-
+COUNTS = ("rows", "experts_touched:parts_up", "bytes_down:bytes_up", "status")
+UNKNOWN_TIME, NOTHING_SENT = -1, (0,) * 7
 UNPREDICTED = (nan, nan, nan)
-ASKED = ("bandwidth_hz", "asked_down_bits_per_s", "asked_up_bits_per_s")
-MEASURED = {"measured_down_bits_per_s": "down", "measured_up_bits_per_s": "up"}
-IN_SECONDS = ("clock_offset_s", "predicted_compute_s", "predicted_down_s", "predicted_up_s")
 
 
 @dataclass(slots=True)
@@ -79,16 +74,13 @@ class RoundTimes:
     def round_ns(self) -> int:
         return self.last_ns - self.started_ns
 
-    def columns(self) -> dict[str, int]:
-        return {
-            "select_ns": self.select_ns,
-            "group_ns": self.group_ns,
-            "quantise_ns": self.exchange.quantise_ns,
-            "wait_ns": self.exchange.wait_ns,
-            "dequantise_ns": self.exchange.dequantise_ns,
-            "combine_ns": self.combine_ns,
-            "round_ns": self.round_ns,
-        }
+    def of_round(self) -> tuple[int, ...]:
+        """In the order of OF_ROUND."""
+        exchange = self.exchange
+        return (
+            self.select_ns, self.group_ns, exchange.quantise_ns, exchange.wait_ns, exchange.dequantise_ns,
+            self.combine_ns, self.round_ns,
+        )  # fmt: skip
 
 
 class Finished(NamedTuple):
@@ -112,29 +104,24 @@ def orphaned(routing: Routing, arrived_TK: BoolArray) -> BoolArray:
     return np.asarray(~arrived_TK.any(axis=1) & routed(routing).any(axis=1))
 
 
-def state_columns(state: State) -> dict[str, FloatArray | BoolArray]:
-    """What the policy saw."""
-    return {
-        "state_token_s": state.token_s_N,
-        "state_available": state.available_N,
-        "state_age_s": state.age_s_N,
-        "state_base_s": state.base_s_N,
-        "state_expert_s": state.expert_s_N,
-        "state_row_s": state.row_s_N,
-    }
-
-
 class Rows:
-    """Turns rounds into columns, in a table kept from round to round."""
+    """Turns rounds into columns, in tables kept from round to round.
+
+    D devices; C columns of one kind: counts of what was sent, times in ns, seconds, facts of the band.
+    """
 
     def __init__(self, devices: int, keep_scores: bool) -> None:
-        names = ("status", "rows", "experts_touched", *OF_OUTCOME)
         self._keep_scores = keep_scores
-        self._nothing_C = np.array([-1 if name.endswith("_ns") else 0 for name in names], np.int64)
-        self._table_DC = np.empty((devices, len(names)), np.int64)
-        self._seconds_CD = np.empty((len(IN_SECONDS), devices))
-        self._column_of: dict[str, Any] = {name: self._table_DC[:, place] for place, name in enumerate(names)}
-        self._column_of |= dict(zip(IN_SECONDS, self._seconds_CD, strict=True))
+        self._count_DC = np.empty((devices, len(NOTHING_SENT)), np.int64)
+        self._time_DC = np.empty((devices, len(OF_ROUND) + len(OF_OUTCOME)), np.int64)
+        self._second_DC = np.empty((devices, 9))
+        self._band_DC = np.empty((devices, 5))
+        count_DC = self._count_DC
+        self._columns: dict[str, Any] = {
+            **dict(zip(COUNTS, (count_DC[:, 0], count_DC[:, 1:4], count_DC[:, 4:6], count_DC[:, 6]), strict=True)),
+            TIMES: self._time_DC,
+            SECONDS: self._second_DC,
+        }
 
     def of(self, done: Finished) -> tuple[dict[str, Any], dict[str, Any]]:
         """Columns of the tables `rounds` and `tokens`, valid until the next call."""
@@ -149,39 +136,52 @@ class Rows:
         }
         if self._keep_scores and done.routing.score_TE is not None:
             tokens["score"] = done.routing.score_TE
+        self._time_DC[:, : len(OF_ROUND)] = done.times.of_round()
         self._fill(done.outcomes)
-        rounds = {**done.keys, **done.times.columns(), **state_columns(done.state), **self._column_of}
+        self._fill_state(done.state)
+        rounds = {**done.keys, "state_available": done.state.available_N, **self._columns}
         if done.asked_3N is not None:
-            rounds |= zip(ASKED, done.asked_3N, strict=True)
-            rounds |= {name: self._rate(way, done.keys["dilation"]) for name, way in MEASURED.items()}
+            rounds[BAND] = self._fill_band(done.asked_3N, done.keys["dilation"])
         return rounds, tokens
 
-    def _rate(self, way: str, dilation: float) -> FloatArray:
-        air_ns_N, bits_N = self._column_of[f"{way}_ns"], 8.0 * self._column_of[f"bytes_{way}"]
-        rate_N: FloatArray = np.full(len(bits_N), nan)
-        np.divide(bits_N * dilation * 1e9, air_ns_N, out=rate_N, where=air_ns_N > 0)
-        return rate_N
+    def _fill_state(self, state: State) -> None:
+        """What the policy saw."""
+        seen = (state.token_s_N, state.age_s_N, state.base_s_N, state.expert_s_N, state.row_s_N)
+        for column, seconds_N in enumerate(seen, start=4):
+            self._second_DC[:, column] = seconds_N
+
+    def _fill_band(self, asked_3N: FloatArray, dilation: float) -> FloatArray:
+        """What was asked for, and the rates that came of it in emulated time; NaN where nothing travelled."""
+        self._band_DC[:, :3] = asked_3N.T
+        air_ns_D2, bits_D2 = self._time_DC[:, AIR], 8.0 * self._columns["bytes_down:bytes_up"]
+        self._band_DC[:, 3:] = nan
+        np.divide(bits_D2 * dilation * 1e9, air_ns_D2, out=self._band_DC[:, 3:], where=air_ns_D2 > 0)
+        return self._band_DC
 
     def _fill(self, outcomes: Sequence[Outcome]) -> None:
         """Zero, or unknown for a time, for the devices that were sent nothing."""
-        self._table_DC[:] = self._nothing_C
-        self._seconds_CD[:] = np.nan
+        self._count_DC[:] = 0
+        self._time_DC[:, len(OF_ROUND) :] = UNKNOWN_TIME
+        self._second_DC[:, :4] = nan
         if not outcomes:
             return
-        device_B = [outcome.block.device for outcome in outcomes]
-        values = [(o.status, o.block.rows, len(o.block.segments), *_OUTCOME_VALUES(o)) for o in outcomes]
+        device_B = np.array([outcome.block.device for outcome in outcomes])
+        counts = [(o.block.rows, len(o.block.segments), *_OUTCOME_COUNTS(o)) for o in outcomes]
+        self._count_DC[device_B] = table(counts, np.int64)
+        times = [_OUTCOME_TIMES(o) for o in outcomes]
         try:
-            table_B = np.fromiter(chain.from_iterable(values), np.int64, len(values) * self._table_DC.shape[1])
+            time_BC = table(times, np.int64)
         except TypeError:  # something is unknown
-            known = (-1 if value is None else value for value in chain.from_iterable(values))
-            table_B = np.fromiter(known, np.int64, len(values) * self._table_DC.shape[1])
-        self._table_DC[device_B] = table_B.reshape(len(values), -1)
+            time_BC = table([[UNKNOWN_TIME if ns is None else ns for ns in row] for row in times], np.int64)
+        self._time_DC[device_B, len(OF_ROUND) :] = time_BC
         seconds = [(_in_seconds(o.clock_offset_ns), *(o.predicted or UNPREDICTED)) for o in outcomes]
-        self._seconds_CD[:, device_B] = np.array(seconds).T
+        self._second_DC[device_B, :4] = table(seconds, np.float64)
 
 
 def _in_seconds(time_ns: int | None) -> float:
     return nan if time_ns is None else time_ns / 1e9
 
 
-_OUTCOME_VALUES = attrgetter(*OF_OUTCOME)
+_OUTCOME_COUNTS = attrgetter("parts_down", "parts_up", "bytes_down", "bytes_up", "status")
+_OUTCOME_TIMES = attrgetter(*OF_OUTCOME)
+AIR = [len(OF_ROUND) + OF_OUTCOME.index(name) for name in ("down_ns", "up_ns")]

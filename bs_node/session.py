@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from time import monotonic_ns
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from testbed.policies.steering import Steered
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase, Status
 
-FLUSH_EVERY_NS = 1_000_000_000
 QUICK_NS = 5_000_000  # a lesson of a round trip below this may wait for the next round: it is no older for it
 SHARES_SUM_WITHIN = 1e-6
 ROWS_AT_JOIN = (1, 8)  # two sizes: one alone cannot tell a block's cost from its rows'
@@ -57,7 +55,6 @@ class Session:
         self._learning, self._nodes, self._recorder = Learning(estimates, nodes), nodes, recorder
         self._fail_on_orphans, self._probe_after_s = fail_on_orphans, probe_after_s
         self._rows = Rows(len(nodes), keep_scores)
-        self._flushed_ns = monotonic_ns()
         self._unwritten: Finished | None = None
         self._still_to_learn: list[Outcome] = []
 
@@ -208,10 +205,3 @@ class Session:
             return
         done, self._unwritten = self._unwritten, None
         self._recorder.record_round(*self._rows.of(done))
-        self._flush()
-
-    def _flush(self) -> None:
-        """At most a second of rows is lost at a power cut; none at a kill."""
-        if self._recorder is not None and monotonic_ns() - self._flushed_ns > FLUSH_EVERY_NS:
-            self._recorder.flush()
-            self._flushed_ns = monotonic_ns()

@@ -14,6 +14,7 @@ import zmq
 from numpy.typing import NDArray
 
 from bs_node.registry import Node, Registry
+from bs_node.telemetry import NodeTelemetry
 from testbed.errors import ConfigError, MessageError, NodeError
 from testbed.wire.messages import (
     Credit,
@@ -73,6 +74,7 @@ class Station:
         self._over = False  # after goodbye nobody is lost by leaving
         self.refusals: dict[str, str] = {}  # device -> why it was refused
         self._shape_of: dict[int, bytes] = {}  # device -> what it was asked last
+        self._telemetry = [NodeTelemetry() for _ in registry.nodes]  # by device
 
     def receive(self, timeout_ms: float) -> Mail | None:
         """The next mail of a round, all else that comes before it dealt with; None if nothing comes in the timeout."""
@@ -116,9 +118,10 @@ class Station:
         return None
 
     def _beat(self, node: Node, heartbeat: Heartbeat, now: int) -> None:
-        """Compare the clocks, and answer for the next comparison; report the board's power."""
+        """Compare the clocks, and answer for the next comparison; report power and telemetry."""
         node.figures = heartbeat.figures
         node.power.tell(node.name, node.joins, heartbeat, now, self._on_event)
+        self._telemetry[node.index].tell(node.name, heartbeat, now, self._on_event)
         try:
             if heartbeat.echoed is None:
                 node.clock.one_way_up(heartbeat.sent_ns, now)

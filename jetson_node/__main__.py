@@ -20,12 +20,14 @@ from typing import NoReturn
 from jetson_node.experts import make_experts
 from jetson_node.link import Link
 from jetson_node.pacing import Pacing
+from jetson_node.rows import RowFiles, Rows
 from jetson_node.telemetry import Telemetry
 from jetson_node.worker import Worker
 from testbed.checkpoint.manifest import Manifest, load_manifest, manifest_hash
 from testbed.collector import keep_what_is_loaded
 from testbed.errors import ConfigError, WdmoeError
 from testbed.latency.model import ComputeModel
+from testbed.paths import state_directory
 from testbed.shaping import UplinkShaper
 from testbed.wire.keys import read_pair, read_public
 from testbed.wire.messages import PROTOCOL_VERSION, Hello
@@ -97,6 +99,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--shape-interface", metavar="NAME", help="shape what is sent to the station as it asks (tc, CAP_NET_ADMIN)"
     )
+    p.add_argument(
+        "--rows", type=Path, metavar="FOLDER",
+        help="keep a row of every block here, 256 MiB at most (default ~/.local/state/wdmoe-testbed/node-rows/NAME)",
+    )  # fmt: skip
+    p.add_argument("--no-rows", action="store_true", help="keep none")
     p.add_argument("--join-timeout-s", type=seconds, default=30.0, help="give up when not taken in; 0 waits for ever")
     p.add_argument("--stop-with-parent", action="store_true", help="end when the process that started this one ends")
     return p
@@ -128,19 +135,23 @@ def _serve(args: argparse.Namespace, stop: Callable[[], bool], shaper: UplinkSha
     experts.warm_up()
     keep_what_is_loaded()
     telemetry = Telemetry()
-    link = Link(make_socket, _hello(args, manifest, pacing), args.join_timeout_s, shaper=shaper)
+    hello = _hello(args, manifest, pacing)
+    rows = _rows(args, hello.boot_id)
+    link = Link(make_socket, hello, args.join_timeout_s, shaper=shaper)
     worker = Worker(
         link,
         experts,
-        figures=telemetry.figures,
+        figures=lambda: {**telemetry.figures(), **rows.figures()},
         stop=stop,
         pacing=pacing,
+        rows=rows,
         part_bytes=args.part_bytes,
     )
     try:
         worker.run()
     finally:
         link.close()
+        rows.close()
         telemetry.close()
 
 
@@ -153,6 +164,13 @@ def _hello(args: argparse.Namespace, manifest: Manifest, pacing: Pacing) -> Hell
         experts_held=manifest.held_counts(args.name),
         emulated=pacing.told(),
     )
+
+
+def _rows(args: argparse.Namespace, boot_id: int) -> Rows:
+    """The node's own rows. Two options rather than one, so that what a script says can be taken back behind it."""
+    if args.no_rows:
+        return Rows()
+    return RowFiles(args.rows or state_directory() / "node-rows" / args.name, args.name, boot_id)
 
 
 def _socket_maker(args: argparse.Namespace) -> Callable[[], NodeSocket]:

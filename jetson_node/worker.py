@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from jetson_node.experts import Experts
 from jetson_node.link import Link
 from jetson_node.pacing import Pacing
+from jetson_node.rows import Rows
 from testbed.errors import MessageError
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import Announce, Credit, Heartbeat, Rejected, ReplyPart, RequestPart, encode
@@ -28,8 +29,10 @@ Figures = Callable[[], dict[str, float | None]]
 
 
 class ComputeTimes(NamedTuple):
-    """Where the time of one block went at the node, in nanoseconds."""
+    """Stamps of one block on the node's clock, and where its time went, in nanoseconds."""
 
+    received_ns: int  # last part of the request read
+    complete_ns: int  # ... and dequantised
     queue_ns: int
     dequantise_ns: int
     compute_ns: int
@@ -40,7 +43,7 @@ class Worker:
     """Computes blocks for the base station at the other end of `link` until it says goodbye.
 
     `pacing` says how long a block's compute must take at least: the worker sleeps after the real work.
-    `stop` is asked between blocks; `figures` gives what a heartbeat reports.
+    `stop` is asked between blocks; `figures` gives what a heartbeat reports; `rows` keeps what became of each block.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class Worker:
         figures: Figures,
         stop: Callable[[], bool],
         pacing: Pacing | None = None,
+        rows: Rows | None = None,
         part_bytes: int = 65536,
         max_block_bytes: int = MAX_BLOCK_BYTES,
     ) -> None:
         self._link, self._experts = link, experts
         self._figures, self._stop = figures, stop
         self._pacing = pacing or Pacing(None)
+        self._rows = rows or Rows()
         self._part_bytes, self._max_block_bytes = part_bytes, max_block_bytes
         self._requests, self._quantised = KeptRows(np.float32), KeptRows(np.uint8)
         self._block: Assembler | None = None
@@ -72,12 +77,14 @@ class Worker:
                 self._link.send(Heartbeat(time.monotonic_ns(), self._figures(), self._link.echoed))
             received = self._link.receive()
             if received is None:
+                self._rows.rest()
                 continue
             part, payload = received
             try:
                 self._take(part, payload)
             except MessageError as error:
                 self._block = None
+                self._rows.refused(part)
                 self._link.send(Rejected(part.round, part.attempt, str(error)[:500]))
 
     def _take(self, part: RequestPart, payload: memoryview) -> None:
@@ -114,12 +121,14 @@ class Worker:
         self._learn(request.rows, computed_ns - started_ns)
         padding_ns = self._pad(emulated_s, started_ns, computed_ns)
         times = ComputeTimes(
+            received_ns=received_ns,
+            complete_ns=complete_ns,
             queue_ns=started_ns - complete_ns,  # parts before the last are dequantised while the others travel
             dequantise_ns=self._dequantise_ns,
             compute_ns=computed_ns - started_ns,
             padding_ns=padding_ns,
         )
-        self._reply(request, output_RD, received_ns, times)
+        self._reply(request, output_RD, times, block.payload_bytes)
 
     def _announce(self, request: RequestPart, emulated_s: float) -> None:
         """Only a block that outlasts a heartbeat needs announcing; on a fast one it would cost more than it tells."""
@@ -140,7 +149,7 @@ class Worker:
         return 0
 
     def _reply(
-        self, request: RequestPart, output_RD: NDArray[np.float32], received_ns: int, times: ComputeTimes
+        self, request: RequestPart, output_RD: NDArray[np.float32], times: ComputeTimes, bytes_down: int
     ) -> None:
         scheme = SCHEMES[request.reply_scheme]
         quantise_started_ns = time.monotonic_ns()
@@ -149,10 +158,13 @@ class Worker:
         parts = part_count(request.rows, scheme.bytes_per_value * request.padded_width, self._part_bytes)
         first = ReplyPart(
             request.run, request.round, request.attempt, 0, parts, request.rows, request.width, request.padded_width,
-            scheme.name, received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns, times.padding_ns,
-            sent_ns - quantise_started_ns,
+            scheme.name, times.received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns,
+            times.padding_ns, sent_ns - quantise_started_ns,
         )  # fmt: skip
+        experts = len(request.segments)
+        self._rows.computed(first, request.layer, experts, times.complete_ns, bytes_down, rows_RB.nbytes)
         for number in range(parts):
             header = encode(replace(first, part=number) if number else first)
             if not self._link.send_part(header, rows_RB[part_rows(request.rows, parts, number)]):
                 return  # the connection is gone, and with it whoever asked
+        self._rows.sent()

@@ -1,4 +1,4 @@
-"""Folders of this user, after the XDG base directory specification. Both are made private (0700)."""
+"""Folders of this user, after the XDG base directory specification. Those that are made are private (0700)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def cache_directory() -> Path:
     folder = base / FOLDER
     folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
     return folder
+
+
+def state_directory() -> Path:
+    """What is worth keeping and belongs to no run's folder: a node's own rows. Not made."""
+    return (_absolute("XDG_STATE_HOME") or Path.home() / ".local" / "state") / FOLDER
 
 
 def runtime_directory() -> Path:

@@ -71,7 +71,8 @@ class Listening:
     def node_arguments(self, name: str, split_dir: Path, port: int | None = None) -> list[str]:
         """What one types on a board to start the node `name`."""
         endpoint = f"tcp://{HOST}:{port or self.port}"
-        return [*("--name", name, "--station", endpoint, "--shards", str(split_dir)), "--keys", str(self.keys / name)]
+        argv = ["--name", name, "--station", endpoint, "--shards", str(split_dir), "--keys", str(self.keys / name)]
+        return [*argv, "--rows", str(self.keys / name / "rows")]
 
     def told(self, kind: str) -> list[dict[str, Any]]:
         """The facts of all events of a kind."""

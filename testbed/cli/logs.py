@@ -9,7 +9,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("ls", "show", "report", "compare", "tail", "query", "export", "recover", "replay", "trace", "prune")
+COMMANDS = (
+    "ls",
+    "show",
+    "report",
+    "compare",
+    "tail",
+    "query",
+    "export",
+    "recover",
+    "collect",
+    "replay",
+    "trace",
+    "prune",
+)
 EXAMPLE = "Example: testbed logs ls && testbed logs tail latest"
 DEFAULT_LOGS = Path("logs")
 

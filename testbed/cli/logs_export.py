@@ -16,6 +16,7 @@ EXAMPLE = "Example: testbed logs export latest --table rounds --format csv --out
 class Table(str, Enum):
     ROUNDS = "rounds"
     TOKENS = "tokens"
+    NODES = "nodes"
     EVENTS = "events"
     TELEMETRY = "telemetry"
     RUNS = "runs"

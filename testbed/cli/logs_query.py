@@ -28,7 +28,7 @@ def command(
     logs: LogsOption = DEFAULT_LOGS,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask the logs in SQL. Tables: runs, rounds, tokens, events, telemetry; nothing is written, no network."""
+    """Ask the logs in SQL. Tables: runs, rounds, tokens, nodes, events, telemetry; nothing is written, no network."""
     import csv
     import sys
     from itertools import islice

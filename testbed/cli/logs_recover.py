@@ -33,14 +33,19 @@ def command(
     if as_json:
         print_json_line({"recovered": recovered, "failed": [str(error) for error in failed]})
     elif recovered:
-        rows = [[str(found[name]) for name in ("run", *TABLES)] for found in recovered]
-        console().print(table("Rows recovered", ["run", *TABLES], rows))
+        rows = [[found["run"], *(_count(found[name]) for name in (*TABLES, "lost"))] for found in recovered]
+        heads = ["run", *TABLES, "lost on a full disk"]
+        console().print(table("Rows recovered", heads, rows))
     elif not failed:
         console().print(f"nothing to recover in {logs}", soft_wrap=True)
     for error in failed[1:]:
         console(stderr=True).print(str(error), soft_wrap=True)
     if failed:
         raise failed[0]
+
+
+def _count(rows: int | None) -> str:
+    return "unknown" if rows is None else str(rows)
 
 
 def _killed(folders: list[Path]) -> list[Path]:
@@ -51,16 +56,24 @@ def _killed(folders: list[Path]) -> list[Path]:
 
 
 def _recover(run_dir: Path) -> dict[str, Any] | RunLogError:
-    """The run and its rows per table that were in segments and are in Parquet now, or why they are not."""
+    """The run, its rows per table that were in segments and are in Parquet now, and those of them that a full disk did
+    not take; or why it cannot be recovered."""
     from testbed.errors import RunLogError
+    from testbed.runlog.collect import collect_what_is_there
     from testbed.runlog.schema import SEGMENT, TABLES
     from testbed.runlog.seal import seal_run
     from testbed.runlog.segment import read_segment
 
-    left = {table: sorted(run_dir.glob(f"{table}-*{SEGMENT}")) for table in TABLES}
+    def counts(path: Path) -> tuple[int, int | None]:
+        segment = read_segment(path)  # not kept: while it is open, deleting it frees no room on the disk
+        return len(segment.records), segment.header["lost_rows"]
+
     try:
-        rows = {table: sum(len(read_segment(path).records) for path in paths) for table, paths in left.items()}
+        found = {table: [counts(path) for path in run_dir.glob(f"{table}-*{SEGMENT}")] for table in TABLES}
         seal_run(run_dir)
+        collect_what_is_there(run_dir)
     except RunLogError as error:
         return error
-    return {"run": run_dir.name, **rows}
+    rows = {table: sum(rows for rows, _ in parts) for table, parts in found.items()}
+    lost = [lost for parts in found.values() for _, lost in parts]
+    return {"run": run_dir.name, **rows, "lost": None if None in lost else sum(filter(None, lost))}

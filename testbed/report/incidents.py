@@ -9,7 +9,7 @@ from testbed.report.figure import quantity as number
 from testbed.runlog.schema import STATUS_MEANING, Status
 
 MARKS_AT_MOST = 2000
-ROUTINE = ("channel", "power", "power_rail", "steered")  # as many as there are prompts or samples
+ROUTINE = ("channel", "power", "power_rail", "steered", "telemetry")  # as many as there are prompts or samples
 COLOURS = {"late": ORANGE, "lost": RED, "rejected": PINK, "invalid": BLUE, "event": GREY}
 READING = (
     "One mark per request that was not answered in time (at its sending) and per event of events.jsonl, on the base "

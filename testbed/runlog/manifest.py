@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import RunLogError
-from testbed.runlog.schema import CONFIG, MANIFEST
+from testbed.runlog.schema import CONFIG, MANIFEST, SCHEMA_VERSION
 from testbed.runlog.segment import new_file
 
 PACKAGES = ("numpy", "numba", "pyarrow", "pyzmq", "msgspec", "safetensors", "torch", "transformers")
@@ -56,7 +56,7 @@ def new_run_directory(root: Path, name: str) -> Path:
 
 def write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> Path:
     """Write or replace manifest.json; a killed process leaves the old one or the new one."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps({"schema": SCHEMA_VERSION, **manifest}, indent=2, ensure_ascii=False, allow_nan=False)
     return _write(run_dir / MANIFEST, text + "\n")
 
 

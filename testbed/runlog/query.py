@@ -1,7 +1,8 @@
 """SQL over the logs of runs: DuckDB, in memory, that can read these logs and nothing else.
 
-Tables: runs, rounds, tokens, events, telemetry. Columns of rounds and tokens are the schema's, real nanoseconds
-included; an older run's missing ones are null. `run`, `policy_name` and `device_name` say in words what is numbered.
+Tables: runs, rounds, tokens, nodes, events, telemetry. Columns of rounds, tokens and nodes are the schema's, real
+nanoseconds included; an older run's missing ones are null. `run`, `policy_name` and `device_name` say in words what is
+numbered.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from testbed.errors import RunLogError
 from testbed.runlog.catalog import Run, State
 from testbed.runlog.query_facts import events_table, runs_table, telemetry_table
 from testbed.runlog.reader import read_table
-from testbed.runlog.schema import PARQUET, SEGMENT, TABLES, Column, columns_of
+from testbed.runlog.schema import NODES, PARQUET, SEGMENT, TABLES, Column, columns_of
 
-VIEWS = ("runs", *TABLES, "events", "telemetry")
+ROWS = (*TABLES, NODES)
+OF_DEVICES = ("rounds", NODES)
+VIEWS = ("runs", *ROWS, "events", "telemetry")
 READ_ONLY = ("SELECT", "EXPLAIN")
 AT_ONCE = 10_000
 SETTINGS: dict[str, str | bool | int | float | list[str]] = {
@@ -106,13 +109,14 @@ class LogDatabase:
     def _rows_of(self, run: Run, table: str) -> str | None:
         """SELECT of one run's rows; None where it has none."""
         names = [f"{_text(run.run)} AS run", f"{_named('policy', [p.policy for p in run.policies])} AS policy_name"]
-        if table == "rounds":
+        if table in OF_DEVICES:
             names.append(f"{_named('device', run.devices)} AS device_name")
         if any(run.directory.glob(f"{table}-*{SEGMENT}")):
             source = f"live_{table}_{self._runs.index(run)}"
             self._connection.register(source, _with_plain_lists(read_table(run.directory, table)))
         else:
-            files = sorted(map(str, run.directory.glob(f"{table}-*{PARQUET}")), key=lambda name: (len(name), name))
+            pattern = f"{table}{PARQUET}" if table == NODES else f"{table}-*{PARQUET}"
+            files = sorted(map(str, run.directory.glob(pattern)), key=lambda name: (len(name), name))
             self._files += files
             source = f"read_parquet({_list(files)}, union_by_name = true)" if files else ""
         return f"(SELECT {', '.join(names)}, * FROM {source})" if source else None  # noqa: S608  (quoted)
@@ -120,7 +124,7 @@ class LogDatabase:
 
 def _no_rows(table: str) -> str:
     """The schema's columns, in its order, for runs that lack some."""
-    names = ["run", "policy_name", *(["device_name"] if table == "rounds" else [])]
+    names = ["run", "policy_name", *(["device_name"] if table in OF_DEVICES else [])]
     columns = [f"NULL::VARCHAR AS {name}" for name in names]
     columns += [f'NULL::{_sql_type(column)} AS "{column.name}"' for column in columns_of(table, experts=1)]
     return f"(SELECT {', '.join(columns)} WHERE false)"

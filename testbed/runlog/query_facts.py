@@ -1,4 +1,4 @@
-"""Facts of runs that are not rows, as Arrow tables: what each run was, its events, what its boards drew."""
+"""Facts of runs that are not rows, as Arrow tables: what each run was, its events, what its nodes told."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 from testbed.runlog.catalog import FIGURES, Run
 from testbed.runlog.reader import read_events
 from testbed.runlog.schema import EVENTS
+from testbed.wire.figures import unit_of
 
 TEXT = ("run", pa.string())
 RUNS = pa.schema(
@@ -48,8 +49,10 @@ TELEMETRY = pa.schema(
         TEXT,
         ("device_name", pa.string()),
         ("sampled_ns", pa.int64()),  # on the base station's monotonic clock
-        ("power_w", pa.float64()),
-        ("rail", pa.string()),
+        ("figure", pa.string()),  # its unit at its end: power_w, cpu_c, gpu_mhz, machine_cpu_percent, rss_bytes
+        ("unit", pa.string()),  # °C, W, MHz, %, bytes, rpm; empty for a plain number
+        ("value", pa.float64()),  # null: the sensor was off, or did not answer
+        ("rail", pa.string()),  # that power_w was measured on; "sum" where rails were added up
     ]
 )
 
@@ -65,17 +68,25 @@ def events_table(runs: Sequence[Run]) -> pa.Table:
 
 
 def telemetry_table(runs: Sequence[Run]) -> pa.Table:
-    """What boards said of their power, a row per sample; none where no board measured it."""
-    rail: dict[tuple[str, str], str | None] = {}
-    rows = []
+    """What nodes told of temperature, power, clocks, memory and load: a row per sample and figure."""
+    return pa.Table.from_pylist(list(_telemetry_rows(runs)), TELEMETRY)
+
+
+def _telemetry_rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    rails: dict[tuple[str, str], str | None] = {}
     for run, event in _events(runs):
+        node = {"run": run.run, "device_name": event.get("device")}
         if event["kind"] == "power_rail":
-            rail[run.run, event["device"]] = event["rail"]
+            rails[run.run, event["device"]] = event["rail"]
         elif event["kind"] == "power":
-            name = event["device"]
-            facts = {"sampled_ns": event["sampled_ns"], "power_w": event["power_w"], "rail": rail.get((run.run, name))}
-            rows.append({"run": run.run, "device_name": name, **facts})
-    return pa.Table.from_pylist(rows, TELEMETRY)
+            rail = rails.get((run.run, event["device"]))
+            power = {"figure": "power_w", "unit": "W", "value": event["power_w"], "rail": rail}
+            yield {**node, "sampled_ns": event["sampled_ns"], **power}
+        elif event["kind"] == "telemetry":
+            for sample in event["samples"]:
+                for figure, value in sample["figures"].items():
+                    told = {"figure": figure, "unit": unit_of(figure), "value": value}
+                    yield {**node, "sampled_ns": sample["sampled_ns"], **told}
 
 
 def _run_row(run: Run) -> dict[str, Any]:

@@ -5,24 +5,28 @@ N devices, T tokens of a round, K experts chosen per token, E experts per layer.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from testbed.errors import RunLogError
 from testbed.runlog import schema
+from testbed.runlog.keeper import Keeper
 from testbed.runlog.schema import PARQUET, SEGMENT
 from testbed.runlog.seal import hold, seal_segments
-from testbed.runlog.segment import Header, Segment
-
-Columns = Mapping[str, Any]  # by column name: an array with one entry per row, or a scalar for all rows
+from testbed.runlog.segment import LOST
+from testbed.runlog.table_writer import Columns, NoRoom, TableWriter
 
 OWN_COLUMNS = {
     "rounds": {"device", "tokens", "record_ns_previous"},
@@ -30,11 +34,23 @@ OWN_COLUMNS = {
 }
 
 
+class Lost(NamedTuple):
+    """What a full disk did not take."""
+
+    rounds: int = 0
+    rows: int = 0  # of both tables
+    events: int = 0
+
+    def __str__(self) -> str:
+        return f"rounds lost: {self.rounds} ({self.rows} rows), events lost: {self.events}"
+
+
 class Recorder:
     """One run's log, written by one thread into a directory that holds no log yet.
 
-    A row is kept from the moment `record_round` returns, even if the process is killed then; `flush`, called about once
-    a second by the owner, makes it survive a power cut. A full disk is a RunLogError; rows written stay readable.
+    A row is kept from the moment `record_round` returns, even if the process is killed then; a second later it survives
+    a power cut too. Where the disk is full the run goes on: that is said at once, what finds no room is counted in
+    `lost` and in the segments, rows written before stay readable, and `close` raises RunLogError in the end.
     """
 
     def __init__(
@@ -47,8 +63,12 @@ class Recorder:
         experts: int,
         score_dtype: str = "float16",
         segment_rows: int = 65_536,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        """`top_k` is K; `experts` is E, or 0 for a gate that gives no scores; `score_dtype` is float16 or float32."""
+        """`top_k` is K; `experts` is E, or 0 for a gate that gives no scores; `score_dtype` is float16 or float32.
+
+        `say` is told at once, from whichever thread notices, that something is wrong; without it stderr is.
+        """
         if score_dtype not in ("float16", "float32"):
             raise RunLogError(f"score_dtype {score_dtype!r}: scores are kept as float16 or float32")
         if segment_rows < 1:
@@ -58,23 +78,32 @@ class Recorder:
         self._directory = directory
         self._device_N = np.arange(len(device_names))
         self._record_ns = -1
+        self.lost = Lost()
+        self._say, self._said = say or _say_on_stderr, set[str]()
+        self._flushing = threading.Lock()
         header = {"schema": schema.SCHEMA_VERSION, "run_id": run_id, "devices": list(device_names)}
+        header |= {"lost_bytes": LOST.itemsize}
         self._events: int | None = hold(directory)
         try:
-            self._tables = {}
+            self._tables: dict[str, TableWriter] = {}
             for table in schema.TABLES:
                 columns = schema.columns_of(table, experts, np.dtype(score_dtype).str)
                 dtype = schema.record_dtype(columns, top_k, experts)
-                self._tables[table] = _TableWriter(directory, columns, dtype, {**header, "table": table}, segment_rows)
+                about = {**header, "table": table}
+                self._tables[table] = TableWriter(directory, columns, dtype, OWN_COLUMNS[table], about, segment_rows)
         except BaseException:
             os.close(self._events)
             raise
+        self._keeper = Keeper(self._keep)
+        for writer in self._tables.values():
+            writer.wake = self._keeper.wake
 
     def record_round(self, rounds: Columns, tokens: Columns) -> None:
         """One row per device and one per token; `round`, `policy`, `prompt`, `layer`, `phase` are scalars in `rounds`.
 
         rounds: every column of the schema but `device`, `tokens` and `record_ns_previous`, shape (N,) or scalar.
         tokens: `expert`, `weight`, `kept`, `device`, `final_weight` of shape (T, K), `score` (T, E), `orphaned` (T,).
+        "first:last" stands for the columns from the one to the other, with an array (N, columns).
         A nullable column left out is null; so is NaN, -1 in a signed column and the largest value in an unsigned one.
         The tokens' rows are written first: a round that has its device rows has its tokens too.
         """
@@ -82,8 +111,12 @@ class Recorder:
         self._open_events()
         rounds_table, tokens_table = self._tables["rounds"], self._tables["tokens"]
         devices, count = len(self._device_N), len(tokens["expert"])
-        rounds_table.prepare(devices, rounds)
-        tokens_table.prepare(count, tokens)
+        try:
+            rounds_table.prepare(devices, rounds)
+            tokens_table.prepare(count, tokens)
+        except NoRoom as error:
+            self._lose_round(error, {"rounds": devices, "tokens": count})
+            return
         keys = {name: rounds[name] for name in schema.KEY_NAMES}
         tokens_table.write(count, tokens, {"token": np.arange(count), **keys})
         own = {"device": self._device_N, "tokens": count, "record_ns_previous": self._record_ns}
@@ -98,25 +131,70 @@ class Recorder:
             name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields.items()
         }
         line = json.dumps({**stamps, "kind": kind, **known}, default=_python_scalar, allow_nan=False).encode() + b"\n"
-        _append_line(events, line, self._directory)
+        try:
+            _append_line(events, line)
+        except OSError as error:
+            self.lost = self.lost._replace(events=self.lost.events + 1)
+            self._say_once(f"{self._directory}: events find no room ({error.strerror}) and are lost; free disk space")
 
     def flush(self) -> None:
-        """Wait until every row and event so far is on the disk."""
+        """Wait until every row and event so far is on the disk. Nobody has to: it is done every half second."""
         events = self._open_events()
-        for table in self._tables.values():
-            table.flush()
-        os.fsync(events)
+        with self._flushing:
+            for table in self._tables.values():
+                table.flush()
+            os.fsync(events)
 
     def close(self) -> None:
-        """Seal every segment into Parquet; a second call does nothing. After a RunLogError `seal_run` may try again."""
+        """Seal every segment into Parquet; a second call does nothing.
+
+        Raises RunLogError where that cannot be done now, and `seal_run` may try again; and where rows or events were
+        lost, after sealing the others.
+        """
         if self._events is None:
             return
+        self._keeper.stop()
+        for table in self._tables.values():
+            table.close()
+        self._tables.clear()
+        lost = self.lost
+        incomplete = f"{self._directory}: not complete, since the disk was full: {lost}" if any(lost) else ""
         try:
             seal_segments(self._directory)
+        except RunLogError as error:
+            raise RunLogError(f"{incomplete}; {error}" if incomplete else str(error)) from error
         finally:
+            if incomplete:
+                self.event("rows_lost", **lost._asdict())
             os.close(self._events)
             self._events = None
-            self._tables.clear()
+        if incomplete:
+            raise RunLogError(f"{incomplete}; all others are there; free disk space and run again")
+
+    def _keep(self) -> None:
+        """What the keeper does: have room ready for the rows to come, and bring those written to the disk."""
+        try:
+            for table in self._tables.values():
+                table.look_ahead()
+        except RunLogError as error:
+            self._say_once(f"{error}; rows will be lost when the part being written is full")
+        try:
+            self.flush()
+        except OSError as error:
+            reason = error.strerror or error
+            self._say_once(f"{self._directory}: cannot be brought to the disk ({reason}); a power cut may lose rows")
+
+    def _lose_round(self, error: Exception, rows: Mapping[str, int]) -> None:
+        for table, count in rows.items():
+            self._tables[table].segment.count_lost(count)
+        lost = self.lost
+        self.lost = lost._replace(rounds=lost.rounds + 1, rows=lost.rows + sum(rows.values()))
+        self._say_once(f"{error}; rows are lost from here on and counted")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
 
     def _open_events(self) -> int:
         if self._events is None:
@@ -129,90 +207,33 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except RunLogError as problem:
+            if kind is None:
+                raise
+            self._say(str(problem))  # what ended the run is told by the error under way
 
 
-class _TableWriter:
-    """Appends rows to one table, rolling over to a new segment where a round no longer fits into the old one."""
-
-    def __init__(
-        self,
-        directory: Path,
-        columns: Sequence[schema.Column],
-        dtype: np.dtype[Any],
-        header: Header,
-        segment_rows: int,
-    ) -> None:
-        self._directory, self._dtype, self._segment_rows = directory, dtype, segment_rows
-        self._table, self._header = header["table"], header
-        self._missing = {column.name: column.missing for column in columns if column.nullable}
-        self._names = {column.name for column in columns} - OWN_COLUMNS[header["table"]]
-        self._given: set[str] = set()  # the columns of the last call, and what to write into those left out
-        self._left_out: dict[str, Any] = {}
-        self._number = 0
-        self._unflushed = [self._new_segment(segment_rows)]
-
-    def prepare(self, count: int, columns: Columns) -> None:
-        """Check the columns' names and make room for `count` rows; nothing is written if either fails."""
-        if columns.keys() != self._given:
-            self._check(set(columns))
-        segment = self._unflushed[-1]
-        if segment.used + count > segment.capacity:
-            self._unflushed.append(self._new_segment(max(count, self._segment_rows)))
-
-    def write(self, count: int, columns: Columns, own: Columns) -> None:
-        segment = self._unflushed[-1]
-        rows, views = slice(segment.used, segment.used + count), segment.columns
-        for name, value in columns.items():
-            views[name][rows] = value
-        for name, value in own.items():
-            views[name][rows] = value
-        for name, value in self._left_out.items():
-            views[name][rows] = value
-        segment.commit(count)
-
-    def flush(self) -> None:
-        for segment in self._unflushed:
-            segment.flush()
-        del self._unflushed[:-1]
-
-    def _check(self, given: set[str]) -> None:
-        unknown, absent = given - self._names, self._names - given - self._missing.keys()
-        if unknown or absent:
-            what = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(absent)}"
-            raise RunLogError(f"table {self._table}: {what}; the columns are listed in testbed/runlog/schema.py")
-        self._given = given
-        self._left_out = {name: self._missing[name] for name in self._names - given}
-
-    def _new_segment(self, rows: int) -> Segment:
-        path = self._directory / f"{self._table}-{self._number:04d}{SEGMENT}"
-        stamps = {"boot_id": _boot_id(), "monotonic_ns": time.monotonic_ns(), "realtime_ns": time.time_ns()}
-        about = {**self._header, "segment": self._number, **stamps}
-        segment = Segment(path, about, self._dtype, rows)
-        self._number += 1
-        return segment
-
-
-def _append_line(file: int, line: bytes, directory: Path) -> None:
+def _append_line(file: int, line: bytes) -> None:
     """A full disk takes the first bytes of a line and only then refuses: such a stump is cut off again."""
     size = os.fstat(file).st_size
     try:
-        if os.write(file, line) == len(line):
-            return
-        reason = "no room for the whole line"
-    except OSError as error:
-        reason = str(error.strerror)
-    os.ftruncate(file, size)
-    raise RunLogError(f"{directory}: event not written ({reason}); free disk space")
+        written = os.write(file, line)
+    except OSError:
+        os.ftruncate(file, size)
+        raise
+    if written != len(line):
+        os.ftruncate(file, size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _say_on_stderr(text: str) -> None:
+    with suppress(OSError):  # whoever read it may be gone
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _python_scalar(value: object) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"an event cannot hold {type(value).__name__}")
-
-
-def _boot_id() -> str | None:
-    """Identifies this boot of the kernel: monotonic stamps of two boots cannot be compared."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else None

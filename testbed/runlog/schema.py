@@ -1,15 +1,12 @@
 """What a run's log holds: every column with its unit, where it comes from and what it means, and the phases of a round.
 
-    python -m testbed.runlog.schema > logs/README.md
-
 N devices, T tokens of a round, K experts chosen per token, E experts per layer.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -18,7 +15,8 @@ import numpy as np
 SCHEMA_VERSION = 2
 MANIFEST, CONFIG, EVENTS = "manifest.json", "config.toml", "events.jsonl"
 SEGMENT, PARQUET = ".seg", ".parquet"
-TABLES = ("rounds", "tokens")
+TABLES = ("rounds", "tokens")  # what the BS records
+NODES = "nodes"  # what each node recorded itself: a table once collected, and the folder of their files before
 COMMIT = "commit"  # last field of every record: its index + 1, written after all others; 0 is an empty record
 
 KINDS = {
@@ -52,6 +50,21 @@ STATUS_MEANING = {
     Status.LOST: "its connection went away",
     Status.REJECTED: "the node refused the request",
     Status.INVALID: "its reply was broken",
+}
+
+
+class Reply(IntEnum):
+    """How far a node came with a block. A later step has the greater number."""
+
+    COMPUTED = 0
+    SENT = 1
+    REFUSED = 2
+
+
+REPLY_MEANING = {
+    Reply.COMPUTED: "the block was computed; its reply was not, or not yet, handed to the socket whole",
+    Reply.SENT: "the whole reply was handed to the socket, which does not say that it arrived",
+    Reply.REFUSED: "the node told the BS that it would not compute the block",
 }
 
 
@@ -141,25 +154,26 @@ ROUND_COLUMNS = (
     Column("tokens", "<u4", "tokens", "measured", "T of the round"),
     Column("rows", "<u4", "rows", "measured", "pairs (token, expert) sent to the device"),
     Column("experts_touched", "<u2", "experts", "measured", "distinct experts among these rows"),
-    Column("bytes_down", "<u8", "bytes", "measured", "sent to the node, headers included, encryption not"),
-    Column("bytes_up", "<u8", "bytes", "measured", "received from the node, headers included, encryption not"),
     Column("parts_down", "<u2", "messages", "measured", "parts the request travelled in"),
     Column("parts_up", "<u2", "messages", "measured", "parts of the reply that arrived"),
+    Column("bytes_down", "<u8", "bytes", "measured", "sent to the node, headers included, encryption not"),
+    Column("bytes_up", "<u8", "bytes", "measured", "received from the node, headers included, encryption not"),
     Column("status", "u1", "", "measured", ", ".join(f"{s.value} {s.name.lower()}" for s in Status)),
+    Column("state_available", "?", "", "measured", "what the policy saw: the device could be chosen"),
+    _duration("record_ns_previous", "writing the log rows of the round recorded before this one"),
     _duration("select_ns", "the policy's choice; of the round, the same in every device's row"),
     _duration("group_ns", "rows gathered per node; of the round"),
     _duration("quantise_ns", "rows quantised at the BS; of the round"),
-    _duration("send_ns", "handing this node's parts to the socket"),
     _duration("wait_ns", "BS waiting for replies; of the round"),
     _duration("dequantise_ns", "replies dequantised at the BS; of the round"),
     _duration("combine_ns", "weighted sum (Eq. 1); of the round"),
-    _duration("record_ns_previous", "writing the log rows of the round recorded before this one"),
     _duration("round_ns", "the whole expert round at the BS, without recording it"),
+    _duration("send_ns", "handing this node's parts to the socket"),
     _duration("rtt_ns", "first byte handed to the socket for this node until the last part of its reply was read"),
     _duration("bs_sent_ns", "stamp on the BS's monotonic clock: first part handed to the socket"),
+    _duration("bs_received_ns", "stamp on the BS's monotonic clock: last part of the reply read"),
     _duration("node_received_ns", "stamp on the node's monotonic clock: last part of the request read"),
     _duration("node_sent_ns", "stamp on the node's monotonic clock: reply handed to the socket"),
-    _duration("bs_received_ns", "stamp on the BS's monotonic clock: last part of the reply read"),
     _duration("node_queue_ns", "request waiting in the node"),
     _duration("node_dequantise_ns", "rows dequantised at the node"),
     _duration("node_compute_ns", "expert FFN, device synchronised, padding included"),
@@ -167,6 +181,16 @@ ROUND_COLUMNS = (
     _duration("node_quantise_ns", "results quantised at the node"),
     _duration("down_ns", "first part handed to the socket until the last was read at the node", kind="inferred"),
     _duration("up_ns", "reply handed to the socket until its last part was read at the BS", kind="inferred"),
+    _duration("clock_bound_ns", "the most by which the offset and the one-way times can be wrong", kind="inferred"),
+    _seconds("clock_offset_s", "the node's clock minus the BS's, as far as messages tell"),
+    _seconds("predicted_compute_s", "what was expected of the node before the round, in emulated time"),
+    _seconds("predicted_down_s", "... of the downlink"),
+    _seconds("predicted_up_s", "... of the uplink"),
+    _seconds("state_token_s", "what the policy saw: time of one token alone on the device (Eq. 6)"),
+    _seconds("state_age_s", "what the policy saw: time since the estimate was last taught", kind="measured"),
+    _seconds("state_base_s", "what the policy saw: cost of a round before any row"),
+    _seconds("state_expert_s", "what the policy saw: cost of each expert touched"),
+    _seconds("state_row_s", "what the policy saw: cost of each row"),
     Column(
         "bandwidth_hz",
         "<f4",
@@ -181,17 +205,6 @@ ROUND_COLUMNS = (
     _rate("asked_up_bits_per_s", "... for its uplink", "inferred"),
     _rate("measured_down_bits_per_s", "bytes_down over down_ns, in emulated time; null without a band", "inferred"),
     _rate("measured_up_bits_per_s", "bytes_up over up_ns, in emulated time; null without a band", "inferred"),
-    _seconds("clock_offset_s", "the node's clock minus the BS's, as far as messages tell"),
-    _duration("clock_bound_ns", "the most by which the offset and the one-way times can be wrong", kind="inferred"),
-    _seconds("predicted_compute_s", "what was expected of the node before the round, in emulated time"),
-    _seconds("predicted_down_s", "... of the downlink"),
-    _seconds("predicted_up_s", "... of the uplink"),
-    _seconds("state_token_s", "what the policy saw: time of one token alone on the device (Eq. 6)"),
-    Column("state_available", "?", "", "measured", "what the policy saw: the device could be chosen"),
-    _seconds("state_age_s", "what the policy saw: time since the estimate was last taught", kind="measured"),
-    _seconds("state_base_s", "what the policy saw: cost of a round before any row"),
-    _seconds("state_expert_s", "what the policy saw: cost of each expert touched"),
-    _seconds("state_row_s", "what the policy saw: cost of each row"),
 )
 
 
@@ -213,14 +226,58 @@ def token_columns(score_format: str = "<f2") -> tuple[Column, ...]:
     )
 
 
+_OF_ROUNDS = {column.name: column for column in ROUND_COLUMNS}
+_NODE_BLOCK = (
+    *(_OF_ROUNDS[name] for name in ("node_received_ns", "node_sent_ns")),
+    _duration("node_complete_ns", "stamp on the node's monotonic clock: the whole request dequantised"),
+    *(_OF_ROUNDS[f"node_{name}_ns"] for name in ("queue", "dequantise", "compute", "padding", "quantise")),
+    Column("payload_bytes_down", "<u8", "bytes", "measured", "of the request, neither headers nor encryption included"),
+    Column("payload_bytes_up", "<u8", "bytes", "measured", "of the reply, likewise; 0 where the block was refused"),
+    _OF_ROUNDS["rows"],
+    Column("width", "<u4", "values", "measured", "values per row, without what pads rows on the wire"),
+    _OF_ROUNDS["experts_touched"],
+    Column("reply", "u1", "", "measured", ", ".join(f"{r.value} {r.name.lower()}" for r in Reply)),
+)
+
+# What a node writes of a block: the run by its number in the manifest, since a node may serve several.
+NODE_RECORD = (
+    Column("run_number", "<u8", "", "measured", "the run, as the base station drew it"),
+    _OF_ROUNDS["round"],
+    *_NODE_BLOCK[:-2],
+    *(_OF_ROUNDS[name] for name in ("attempt", "layer")),
+    *_NODE_BLOCK[-2:],
+)
+
+# The same collected: of one run, joined with what its own log says of the round.
+NODE_COLUMNS = (
+    *(
+        replace(key, nullable=True, meaning=f"{key.meaning}; null where the run's log has no such round")
+        if key.name in ("policy", "prompt", "phase")
+        else key
+        for key in _KEYS
+    ),
+    *(_OF_ROUNDS[name] for name in ("attempt", "device", "node_boot")),
+    *_NODE_BLOCK,
+)
+
+
+SPAN = ":"  # "first:last" names the columns from the one to the other, which must have one format
+
+
+def span(name: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that a name stands for: itself, or those from first to last. Raises ValueError for one not there."""
+    first, _, last = name.partition(SPAN)
+    return tuple(columns[columns.index(first) : columns.index(last or first) + 1])
+
+
 def columns_of(table: str, experts: int, score_format: str = "<f2") -> tuple[Column, ...]:
     """The table's columns; without `score` where the gate gives none (`experts` is 0)."""
-    columns = ROUND_COLUMNS if table == "rounds" else token_columns(score_format)
+    columns = {"rounds": ROUND_COLUMNS, NODES: NODE_COLUMNS}.get(table) or token_columns(score_format)
     return tuple(column for column in columns if column.size != "E" or experts)
 
 
 def nullable_names() -> set[str]:
-    return {column.name for column in (*ROUND_COLUMNS, *token_columns()) if column.nullable}
+    return {column.name for column in (*ROUND_COLUMNS, *token_columns(), *NODE_RECORD) if column.nullable}
 
 
 def record_dtype(columns: tuple[Column, ...], top_k: int, experts: int) -> np.dtype[Any]:
@@ -228,53 +285,3 @@ def record_dtype(columns: tuple[Column, ...], top_k: int, experts: int) -> np.dt
     shapes: dict[str, tuple[int, ...]] = {"": (), "K": (top_k,), "E": (experts,)}
     fields = [(column.name, column.format, shapes[column.size]) for column in columns]
     return np.dtype([*fields, (COMMIT, "<u8")], align=True)
-
-
-README_HEAD = """# What a run leaves here
-<!-- written by `python -m testbed.runlog.schema > logs/README.md`; change testbed/runlog/schema.py instead -->
-
-`logs/<run-id>/`, the run id being `YYYYmmdd-HHMMSS-name` in UTC, holds
-
-| file | what |
-|---|---|
-| `manifest.json` | config, versions, seeds, hashes of model and text, machine, policies, devices, what is emulated |
-| `config.toml` | the run file as it was given |
-| `events.jsonl` | rare events, one JSON object a line: a node joined, was lost, a reply came late |
-| `rounds-0000.parquet`, … | one row per (round, device), also for a device that got no rows |
-| `tokens-0000.parquet`, … | one row per (round, token) |
-| `rounds-0000.seg`, … | the same rows while the run goes on, or after it was killed |
-| `results.json` | the table of the run, as it was printed |
-| `summary.json`, `summary.npz` | times per node and phase in bins of 1 %, which `testbed logs show` reads |
-| `links.parquet` | what the emulated links really did, where they were a relay |
-
-DuckDB, Polars and pandas read the Parquet files, `testbed logs query` asks all runs at once, and
-`testbed.runlog.reader` reads them and the segments alike.
-A row that was recorded survives `kill -9`. Unknown is null, never 0. Durations are differences on one clock; stamps of
-two machines must not be subtracted without the offset between their clocks."""
-
-
-def _readme_lines() -> Iterator[str]:
-    yield README_HEAD
-    yield "\n## Where a value comes from\n\n| kind | meaning |\n|---|---|"
-    yield from (f"| {kind} | {meaning} |" for kind, meaning in KINDS.items())
-    yield "\n## The phases of a round\n\n| where | phase | column | note |\n|---|---|---|---|"
-    for phase in PHASES:
-        yield f"| {phase.where} | {phase.name} | {f'`{phase.column}`' if phase.column else ''} | {phase.note} |"
-    for table, row in (("rounds", "one row per (round, device)"), ("tokens", "one row per (round, token)")):
-        yield f"\n## Table `{table}`: {row}\n\n| column | type | unit | kind | meaning |\n|---|---|---|---|---|"
-        for column in columns_of(table, experts=1):
-            size = f"[{column.size}]" if column.size else ""
-            null = " or null" if column.nullable else ""
-            values = f"{np.dtype(column.format).name}{size}{null}"
-            yield f"| `{column.name}` | {values} | {column.unit} | {column.kind} | {column.meaning} |"
-    yield "\nK experts per token, E experts of the layer. Half-precision scores read back as float32, equal in value."
-    yield "\n## Status\n\n| value | name | meaning |\n|---|---|---|"
-    yield from (f"| {status.value} | {status.name.lower()} | {STATUS_MEANING[status]} |" for status in Status)
-
-
-def readme() -> str:
-    return "\n".join(_readme_lines()) + "\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(readme())

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from testbed.errors import RunLogError
 from testbed.runlog.reader import read_parquet, to_table
-from testbed.runlog.schema import EVENTS, PARQUET, SEGMENT
+from testbed.runlog.schema import EVENTS, PARQUET, SEGMENT, TABLES
 from testbed.runlog.segment import TEMPORARY, new_file, read_segment
 from testbed.runlog.summary import write_summary
 
@@ -27,8 +27,9 @@ def seal_run(run_dir: Path) -> list[Path]:
 
 def seal_segments(run_dir: Path) -> list[Path]:
     """Seal every segment; the caller holds the run."""
-    for unfinished in run_dir.glob(f"*{SEGMENT}{TEMPORARY}"):
-        unfinished.unlink()
+    for table in TABLES:
+        for unfinished in run_dir.glob(f"{table}-*{TEMPORARY}"):  # hold no row that is not elsewhere
+            unfinished.unlink()
     sealed = [seal_segment(path) for path in sorted(run_dir.glob(f"*{SEGMENT}"))]
     if sealed:
         # The rows are safe, whatever stands in them; a summary can be made again when it is asked for.
@@ -38,7 +39,10 @@ def seal_segments(run_dir: Path) -> list[Path]:
 
 
 def seal_segment(path: Path) -> Path:
-    """Write the rows to Parquet, read them back, and only then delete the segment; raises RunLogError and keeps it."""
+    """Write the rows to Parquet, read them back, and only then delete the segment; raises RunLogError and keeps it.
+
+    Parquet needs room too. Where the disk has none the rows stay where they are, and sealing the run again ends it.
+    """
     header, records, missing = read_segment(path)
     if missing:
         first = len(records)
@@ -46,8 +50,12 @@ def seal_segment(path: Path) -> Path:
             f"{path}: rows {first} to {first + missing - 1} never reached the disk; left as it is, readable up to there"
         )
     sealed = path.with_suffix(PARQUET)
-    with new_file(sealed) as temporary:
-        pq.write_table(to_table(header, records), temporary, compression="zstd", write_page_checksum=True)
+    try:
+        with new_file(sealed) as temporary:
+            pq.write_table(to_table(header, records), temporary, compression="zstd", write_page_checksum=True)
+    except RunLogError as error:
+        kept = f"no row in {path.name} is lost, `testbed logs recover {path.parent}` ends this later"
+        raise RunLogError(f"{error}; {kept}") from error
     rows = read_parquet(sealed).num_rows
     if rows != len(records):
         raise RunLogError(f"{sealed}: {rows} rows read back of {len(records)}; the segment is kept, seal the run again")

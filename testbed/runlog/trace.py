@@ -24,6 +24,7 @@ from testbed.errors import RunLogError
 from testbed.runlog.chrome_trace import KINDS, ChromeTrace, Track, chrome_trace
 from testbed.runlog.reader import read_events, read_manifest, read_table
 from testbed.runlog.trace_round import ROUNDS, DeviceTracks, Row, Span, Written, write_round
+from testbed.wire.figures import unit_of
 
 ROWS_AT_ONCE = 16_384
 POLICIES, PROMPTS, EVENTS = (Track(ROUNDS.pid, tid) for tid in (11, 12, 14))
@@ -183,6 +184,11 @@ def _write_events(trace: ChromeTrace, events: Iterable[Mapping[str, Any]], devic
         facts = {name: value for name, value in event.items() if name not in ("kind", "monotonic_ns")}
         if event["kind"] == "power":
             trace.counter(track.pid, "power", _stamp_ns(event), "W", event["power_w"])
+        elif event["kind"] == "telemetry":
+            for sample in event["samples"]:
+                for figure, value in sample["figures"].items():
+                    if value is not None:
+                        trace.counter(track.pid, figure, sample["sampled_ns"], unit_of(figure), value)
         else:
             trace.instant(track, event["kind"], _stamp_ns(event), "event", facts)
 

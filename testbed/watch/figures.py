@@ -5,7 +5,8 @@ Of "the last rounds" means RECENT_ROUNDS. None is unknown; nothing stands for it
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 RECENT_ROUNDS = 100
@@ -72,6 +73,28 @@ class LastRequests:
 
 
 @dataclass(frozen=True, slots=True)
+class Telemetry:
+    """What a node told last of itself, by figures named as in `testbed.wire.figures`; None: a sensor that is off."""
+
+    power_w: float | None = None  # all the board draws
+    at_realtime_s: float | None = None  # of the newest sample, since 1970 by the BS's clock
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def hottest(self) -> tuple[str, float] | None:
+        """Zone and °C."""
+        zones = [(name.removesuffix("_c"), value) for name, value in self.known("_c")]
+        return max(zones, key=lambda zone: zone[1], default=None)
+
+    def known(self, suffix: str) -> list[tuple[str, float]]:
+        """Names and values of the figures whose names end so."""
+        return [(name, value) for name, value in self.figures.items() if value is not None and name.endswith(suffix)]
+
+    def __bool__(self) -> bool:
+        return self.power_w is not None or any(value is not None for value in self.figures.values())
+
+
+@dataclass(frozen=True, slots=True)
 class NodeFigures:
     """One device, its link, and what was expected of it."""
 
@@ -79,7 +102,7 @@ class NodeFigures:
     present: bool | None  # as events tell: joined, or lost
     joins: int
     emulated: bool  # its compute is padded to another device's
-    power_w: float | None  # the newest its board reported
+    telemetry: Telemetry  # told last, which may be long ago
     requests: tuple[Requests, ...]  # by policy
     last: LastRequests | None  # None before the first round
 

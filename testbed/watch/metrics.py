@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from testbed.errors import ConfigError
+from testbed.watch.board_metrics import of_boards
 from testbed.watch.figures import RECENT_ROUNDS, Figures, LastRequests, LastRound
 
 OUTCOMES = ("answered", "late", "lost", "rejected", "invalid")
@@ -29,6 +30,7 @@ class RunCollector(Collector):
         yield from _of_policies(self.figures)
         yield from _of_requests(self.figures)
         yield from _of_nodes(self.figures)
+        yield from of_boards(self.figures.nodes)
         yield from _of_links(self.figures)
         if self.figures.last is not None:
             yield from _of_rounds(self.figures.last)
@@ -124,8 +126,6 @@ def _of_nodes(figures: Figures) -> Iterator[Metric]:
     yield joins
     present = {node.device: node.present for node in figures.nodes}
     yield _by_device("wdmoe_node_present", "1 while the node is connected and heard.", present)
-    power = {node.device: node.power_w for node in figures.nodes}
-    yield _by_device("wdmoe_node_power_watts", "What its board reported last.", power)
     last = {node.device: node.last for node in figures.nodes if node.last is not None}
     gauges: dict[str, tuple[str, Callable[[LastRequests], float | None]]] = {
         "wdmoe_node_waited_for_ratio": ("Share of rounds that waited for it last", lambda of: of.waited_for),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from testbed.runlog.schema import Status
-from testbed.watch.figures import RECENT_ROUNDS, Figures, Incident, NodeFigures, PolicyProgress, Requests
+from testbed.watch.figures import RECENT_ROUNDS, Figures, Incident, NodeFigures, PolicyProgress, Requests, Telemetry
 from testbed.watch.recent import RECENT_COLUMNS, Recent
 
 OF_ROUNDS = RECENT_COLUMNS
@@ -44,7 +45,7 @@ class Tally:
         self._done: set[tuple[int, int]] = set()  # policy, prompt
         self._present: dict[str, bool] = {}
         self._joins: dict[str, int] = {}
-        self._power_w: dict[str, float] = {}
+        self._told: dict[str, Telemetry] = {}
         self._incidents: deque[Incident] = deque(maxlen=SHOWN_INCIDENTS)
         self._epoch_ns: int | None = None  # realtime minus monotonic clock of the BS, by its newest event
 
@@ -90,8 +91,8 @@ class Tally:
                 self._present[device] = PRESENT_AFTER[kind]
             if kind == "node_joined":
                 self._joins[event["device"]] = self._joins.get(event["device"], 0) + 1
-            if kind == "power":
-                self._power_w[event["device"]] = event["power_w"]
+            if kind in ("power", "telemetry"):
+                self._told[event["device"]] = _newest(self._told.get(event["device"], Telemetry()), event)
             if kind in INCIDENTS or (kind == "node_joined" and self._joins[event["device"]] > 1):
                 self._incidents.append(_incident(event))
 
@@ -132,7 +133,7 @@ class Tally:
             present=self._present.get(device),
             joins=self._joins.get(device, 0),
             emulated=device in emulated.get("compute_flops_per_s", emulated),  # older runs: by speed
-            power_w=self._power_w.get(device),
+            telemetry=self._told.get(device, Telemetry()),
             requests=tuple(self._requests_of(policy, index) for policy in range(len(self._policies))),
             last=None if recent is None else recent.requests(index),
         )
@@ -141,6 +142,15 @@ class Tally:
         count_S = self._requests_PNS[policy, device].tolist()
         weight_2 = self._bytes_2PN[:, policy, device].tolist()
         return Requests(self._policies[policy], *count_S[Status.ANSWERED :], *weight_2)
+
+
+def _newest(told: Telemetry, event: Mapping[str, Any]) -> Telemetry:
+    """A sample replaces figures of its names; the names of a run are bounded by who wrote its log."""
+    at_ns = event.get("realtime_ns")
+    told = replace(told, at_realtime_s=None if at_ns is None else at_ns / 1e9)
+    if event["kind"] == "power":
+        return replace(told, power_w=event["power_w"])
+    return replace(told, figures=dict(told.figures) | {k: v for s in event["samples"] for k, v in s["figures"].items()})
 
 
 def _told_apart(policies: list[str]) -> list[str]:

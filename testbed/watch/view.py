@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.cli.output import table
+from testbed.watch.boards import boards
 from testbed.watch.figures import RECENT_ROUNDS, Figures, NodeFigures, PolicyProgress, Way
+from testbed.watch.words import plain
 
 PRESENT = {True: "there", False: "lost", None: "-"}
 DONE = {"running": "", "finished": " (this is its end)", "aborted": " (it did not reach its end)"}
@@ -39,6 +41,8 @@ def live_view(display: Console) -> Iterator[Callable[[Figures], None]]:
 def view(figures: Figures) -> RenderableType:
     """Everything, as tables."""
     parts: list[RenderableType] = [*(Text(words) for words in _head(figures)), _nodes(figures)]
+    if (told := boards(figures.nodes)) is not None:
+        parts.append(told)
     if figures.last is not None:
         parts += [_links(figures), _policies(figures)]
     return Group(*parts, *(Text(words) for words in _incidents(figures)))
@@ -89,10 +93,9 @@ def _dropped(figures: Figures) -> Iterator[str]:
 
 
 def _nodes(figures: Figures) -> Table:
-    with_power = any(node.power_w is not None for node in figures.nodes)
     head = ["node", "", "answered", "late\n/ lost", "waited\nfor", "ms\nexpected", "ms\nmeasured", "ratio"]
-    rows = [[*_node(node), *([_plain(node.power_w)] if with_power else [])] for node in figures.nodes]
-    drawn = table("Nodes: requests, and estimate against measurement", [*head, *(["W"] if with_power else [])], rows)
+    rows = [_node(node) for node in figures.nodes]
+    drawn = table("Nodes: requests, and estimate against measurement", head, rows)
     for row, node in zip(drawn.rows, figures.nodes, strict=True):
         row.style = "red" if node.present is False else None
     return drawn
@@ -118,7 +121,7 @@ def _links(figures: Figures) -> Table:
 
 
 def _way(way: Way) -> list[str]:
-    rates = [_plain(None if rate is None else rate / 1e6) for rate in (way.asked_bits_per_s, way.measured_bits_per_s)]
+    rates = [plain(None if rate is None else rate / 1e6) for rate in (way.asked_bits_per_s, way.measured_bits_per_s)]
     one_way = "-"
     if way.one_way_s is not None and way.bound_s is not None:
         one_way = f"{_ms(way.one_way_s)} ± {1e3 * way.bound_s:.2g}"
@@ -156,11 +159,7 @@ def _of(done: int, total: int | None) -> str:
 
 
 def _ms(seconds: float | None) -> str:
-    return _plain(None if seconds is None else 1e3 * seconds)
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return plain(None if seconds is None else 1e3 * seconds)
 
 
 def _percent(share: float | None) -> str:

@@ -110,6 +110,9 @@ class ReceivedRows(Parts):
     ) -> None:
         """Add `rows` of the complete block to rows token_R of `out_TD`, times weight_R (Eq. 1), in their order."""
         first = self.first
+        if rows.stop - rows.start == first.rows and first.parts == 1 and (whole_R := self._encoded[0]) is not None:
+            accumulate(whole_R, weight_R, token_R, out_TD, self.scheme)
+            return
         for number, encoded_R in enumerate(self._encoded):
             part = part_rows(first.rows, first.parts, number)
             begin, end = max(part.start, rows.start), min(part.stop, rows.stop)

@@ -59,6 +59,9 @@ def run_left(logs: Path, name: str, top_k: int = 2, rounds: int = 4, *, is_kille
         record(recorder, top_k, rounds)
         recorder.event("power_rail", device="a", rail="VDD_IN")
         recorder.event("power", device="a", power_w=7.5, sampled_ns=5)
+        host = {"sampled_ns": 6, "figures": {"cpu_mhz": 1344.0, "load_1m": 0.5}}
+        board = {"sampled_ns": 4, "figures": {"cpu_c": 46.1, "cv0_c": None}}
+        recorder.event("telemetry", device="b", samples=[host, board])
         recorder.event("node_lost", device="b", how="disconnected")
         recorder.event("scored", policy=1, prompt=0, nats=2.5)
         if is_killed:
@@ -127,7 +130,7 @@ def test_every_column_of_the_schema_is_there_even_without_a_run(
     assert tokens == ["run", "policy_name", *(column.name for column in columns_of("tokens", 1))]
     assert ask(tmp_path, "SELECT * FROM telemetry", capsys) == []
     names = {row["name"] for row in ask(tmp_path, "SHOW TABLES", capsys)}
-    assert names == {"runs", "rounds", "tokens", "events", "telemetry"}
+    assert names == {"runs", "rounds", "tokens", "nodes", "events", "telemetry"}
 
 
 def test_types_are_the_same_with_and_without_rows(
@@ -138,15 +141,29 @@ def test_types_are_the_same_with_and_without_rows(
 
 
 def test_events_telemetry_and_runs_can_be_joined(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sql = "SELECT kind, device_name, policy_name, facts->>'nats' AS nats FROM events WHERE kind NOT LIKE 'power%'"
-    assert ask(logs, sql, capsys, "--run", "killed") == [
+    sql = "SELECT kind, device_name, policy_name, facts->>'nats' AS nats FROM events"
+    assert ask(logs, f"{sql} WHERE kind IN ('node_lost', 'scored')", capsys, "--run", "killed") == [
         {"kind": "node_lost", "device_name": "b", "policy_name": None, "nats": None},
         {"kind": "scored", "device_name": None, "policy_name": "it's wlr", "nats": "2.5"},
     ]
-    sql = "SELECT state, power_w, rail, sampled_ns FROM telemetry JOIN runs USING (run) WHERE run LIKE '%killed'"
-    assert ask(logs, sql, capsys) == [{"state": "aborted", "power_w": 7.5, "rail": "VDD_IN", "sampled_ns": 5}]
+    sql = "SELECT state, value, rail, sampled_ns FROM telemetry JOIN runs USING (run) WHERE run LIKE '%killed'"
+    power = [{"state": "aborted", "value": 7.5, "rail": "VDD_IN", "sampled_ns": 5}]
+    assert ask(logs, f"{sql} AND figure = 'power_w'", capsys) == power
     (run,) = ask(logs, "SELECT began, devices, perplexity FROM runs WHERE run LIKE '%old'", capsys)
     assert run == {"began": "2025-03-01 12:00:00", "devices": DEVICES, "perplexity": [None, None]}
+
+
+def test_telemetry_has_a_row_per_sample_and_figure_with_its_unit(
+    logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sql = "SELECT device_name, sampled_ns, figure, unit, value FROM telemetry ORDER BY ALL"
+    assert [tuple(row.values()) for row in ask(logs, sql, capsys, "--run", "killed")] == [
+        ("a", 5, "power_w", "W", 7.5),
+        ("b", 4, "cpu_c", "°C", 46.1),
+        ("b", 4, "cv0_c", "°C", None),
+        ("b", 6, "cpu_mhz", "MHz", 1344.0),
+        ("b", 6, "load_1m", "", 0.5),
+    ]
 
 
 def test_a_run_with_a_damaged_manifest_is_left_out_and_named(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:

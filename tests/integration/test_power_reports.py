@@ -1,4 +1,4 @@
-"""Power from a heartbeat to an event, over a real socket. The node is a socket here, and its board synthetic."""
+"""Power and telemetry from a heartbeat to an event, over a real socket. The node is a socket, its board synthetic."""
 
 from __future__ import annotations
 
@@ -115,3 +115,26 @@ def test_figures_without_power_are_no_event(listening: Listening, manifest: Mani
     finally:
         node.close()
     assert listening.told("power") == listening.told("power_rail") == []
+
+
+def test_a_board_s_figures_are_events_stamped_by_group_and_at_most_one_a_second(
+    listening: Listening, manifest: Manifest
+) -> None:
+    node = FakeNode(listening, manifest)
+    figures = {"rss_bytes": 1e6, "host_age_s": 0.5, "cpu_c": 46.0, "board_age_s": 0.25, "tot_w": 5.5}
+    try:
+        node.join()
+        before_ns = time.monotonic_ns()
+        node.beat(0.0, figures)
+        after_ns = time.monotonic_ns()
+        for beat in range(1, 20):
+            node.beat(0.01 * beat, figures)
+        spent_s = (time.monotonic_ns() - before_ns) / S
+    finally:
+        node.close()
+    told = listening.told("telemetry")
+    host, board = told[0]["samples"]
+    assert (told[0]["device"], host["figures"], board["figures"]) == (NODE, {"rss_bytes": 1e6}, {"cpu_c": 46.0})
+    assert before_ns <= host["sampled_ns"] + S // 2 <= after_ns
+    assert before_ns <= board["sampled_ns"] + S // 4 <= after_ns
+    assert len(told) <= 1 + spent_s / 0.95

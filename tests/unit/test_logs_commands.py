@@ -141,7 +141,7 @@ def test_recover_seals_what_a_killed_run_left_and_says_how_much(logs: Path, caps
     run_dir = killed(logs)
     rows = {table: read_table(run_dir, table) for table in ("rounds", "tokens")}
     assert main(["logs", "recover", "--logs", str(logs), "--json"]) == 0
-    assert told(capsys) == {"recovered": [{"run": run_dir.name, "rounds": 10, "tokens": 15}], "failed": []}
+    assert told(capsys) == {"recovered": [{"run": run_dir.name, "rounds": 10, "tokens": 15, "lost": 0}], "failed": []}
     assert not list(run_dir.glob("*.seg*"))
     assert all(read_table(run_dir, table).equals(before) for table, before in rows.items())
     assert main(["logs", "recover", "--logs", str(logs)]) == 0

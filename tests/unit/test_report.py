@@ -43,6 +43,14 @@ def page_of(run_dir: Path) -> str:
     return build.write_page(data, build.figures_of(data), run_dir / "report.html").read_text(encoding="utf-8")
 
 
+def tell(run_dir: Path, device: str, at_s: float, figures: dict[str, float | None]) -> None:
+    """Add a sample of the node's telemetry to the log of a run."""
+    stamp_ns = int(at_s * 1e9)
+    event = {"realtime_ns": stamp_ns, "monotonic_ns": stamp_ns, "kind": "telemetry", "device": device}
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps({**event, "samples": [{"sampled_ns": stamp_ns, "figures": figures}]}) + "\n")
+
+
 def head_of(page: str) -> str:
     return page[page.index("<header>") : page.index("</header>")]
 
@@ -115,13 +123,60 @@ def test_expert_load_is_counted_from_the_gates_choices(whole: RunData) -> None:
 def test_boards_that_told_nothing_are_said_to_have_told_nothing(whole: RunData) -> None:
     figure = boards.figure(whole)
     assert figure.spec is None
-    assert figure.finding.startswith("No board told")
+    assert figure.finding.startswith("No node told")
 
 
 def test_boards_that_told_their_power_are_drawn(tmp_path: Path) -> None:
     values = values_of(boards.figure(RunData(write_run(tmp_path, power_w=(5.0, 7.0, 6.0)))))
     assert [value["value"] for value in values] == [5.0, 6.0, 7.0]
-    assert {value["figure"] for value in values} == {"power (W)"}
+    assert {value["title"] for value in values} == {"Power of the board (W)"}
+
+
+def test_what_nodes_told_is_drawn_by_kind_and_what_none_told_is_named(tmp_path: Path) -> None:
+    """The hottest of a sample's zones stands for all of them; single rails and fans are left to queries."""
+    with ExitStack() as open_run:
+        run_dir = write_run(tmp_path, closed=False, keep_open=open_run)
+        tell(run_dir, "near", 2.0, {"cpu_c": 46.0, "tj_c": 48.5, "cv0_c": None, "vdd_soc_w": 1.5, "throttled": 0.0})
+        tell(run_dir, "far", 2.0, {"gpu_mhz": 306.0, "rss_bytes": 2.0**29, "throttled": 1.0})
+        tell(run_dir, "far", 3.0, {"throttled": 1e15})
+    figure = boards.figure(RunData(run_dir))
+    drawn = [(value["node"], value["title"], value["value"]) for value in values_of(figure)]
+    assert drawn == [
+        ("far", "GPU clock (MHz)", 306.0),
+        ("near", "Hottest zone (°C)", 48.5),
+        ("far", "Memory of the node's process (GiB)", 0.5),
+    ]
+    assert "2 of 2 nodes told" in figure.finding
+    assert "The hottest was near's: 48.5 °C." in figure.finding
+    assert "Slowed down for heat: far (far in 2 of 2 samples)." in figure.finding
+    assert "No node told its power, CPU clock, CPU load, GPU load, memory clock," in figure.finding
+
+
+@pytest.mark.parametrize(
+    ("start", "emulated", "said"),
+    [
+        ("none", {}, False),
+        ("none", {"near": {}}, "figures of the machine that plays them"),
+        ("local", {}, "temperature"),
+    ],
+)
+def test_figures_that_are_not_the_devices_own_are_said_to_be_another_machines(
+    start: str, emulated: dict[str, Any], said: str | bool, tmp_path: Path
+) -> None:
+    run_dir = write_run(tmp_path)
+    tell(run_dir, "near", 2.0, {"cpu_c": 46.0, "cpu_percent": 5.0})
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    manifest["config"]["fleet"]["start"], manifest["emulated"] = start, emulated
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    whose = re.findall(r"[^.]*machine[^.]*\.", boards.figure(RunData(run_dir)).finding)
+    assert len(whose) == bool(said)
+    assert not said or str(said) in whose[0]
+
+
+def test_figures_that_no_plot_shows_are_left_to_queries(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    tell(run_dir, "near", 2.0, {"vdd_soc_w": 1.5})
+    assert boards.figure(RunData(run_dir)).spec is None
 
 
 def test_a_reply_that_did_not_come_is_counted_and_drawn(tmp_path: Path) -> None:

@@ -8,22 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from spread_columns import NAMES, spread
 
 from bs_node.blocks import Block, Combiner, Outcome, arrived
 from bs_node.dispatcher import ExchangeTimes, InProcessDispatcher
 from bs_node.registry import Node
-from bs_node.rows import ASKED, MEASURED, Finished, RoundTimes, Rows, orphaned
+from bs_node.rows import BAND, OF_OUTCOME, Finished, RoundTimes, Rows, orphaned
 from bs_node.session import Session
 from testbed.latency.estimator import Estimator, Prediction
 from testbed.policies.base import DROPPED, Routing, Selection, State
 from testbed.policies.topk import TopK
 from testbed.runlog.reader import read_table
 from testbed.runlog.recorder import OWN_COLUMNS, Recorder
-from testbed.runlog.schema import ROUND_COLUMNS, GenerationPhase, Status, token_columns
+from testbed.runlog.schema import ROUND_COLUMNS, GenerationPhase, Status, span, token_columns
 
 DEVICES, EXPERTS, TOKENS, WIDTH = 3, 3, 2, 4
 NAN = float("nan")
 KEPT_TK = np.ones((TOKENS, 2), bool)
+OF_BAND = span(BAND, NAMES)
 KEYS = {"round": 5, "policy": 0, "prompt": 1, "layer": 2, "phase": 0, "attempt": 0, "dilation": 5.0}
 
 
@@ -42,7 +44,7 @@ class Kept:
         self.tokens: list[dict[str, Any]] = []
 
     def record_round(self, rounds: Mapping[str, Any], tokens: Mapping[str, Any]) -> None:
-        self.rounds.append({name: np.copy(value) for name, value in rounds.items()})
+        self.rounds.append(spread(rounds))
         self.tokens.append({name: np.copy(value) for name, value in tokens.items()})
 
     def flush(self) -> None:
@@ -87,7 +89,8 @@ def finished(*outcomes: Outcome, routing: Routing | None = None) -> Finished:
 
 
 def of(done: Finished, keep_scores: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    return Rows(DEVICES, keep_scores).of(done)
+    rounds, tokens = Rows(DEVICES, keep_scores).of(done)
+    return spread(rounds), tokens
 
 
 def test_every_column_that_the_log_wants_is_given() -> None:
@@ -103,7 +106,8 @@ def test_scores_are_left_out_where_they_are_not_kept_or_the_gate_gives_none() ->
 
 def test_what_is_known_of_a_block_stands_in_its_devices_row() -> None:
     rounds, _ = of(finished(answered_by(1)))
-    found = {name: np.asarray(rounds[name])[1] for name in rounds if np.ndim(rounds[name])}
+    of_the_round = {"select_ns", "group_ns", "quantise_ns", "wait_ns", "dequantise_ns", "combine_ns", "round_ns"}
+    found = {name: rounds[name][1] for name in rounds if np.ndim(rounds[name]) and name not in of_the_round}
     expected = {
         "status": Status.ANSWERED, "rows": TOKENS, "experts_touched": 1,
         "bytes_down": 10, "bytes_up": 11, "parts_down": 12, "parts_up": 13, "send_ns": 14,
@@ -126,15 +130,10 @@ def test_the_times_of_the_round_stand_in_every_row() -> None:
         "select_ns": 1, "group_ns": 2, "combine_ns": 3, "quantise_ns": 4, "wait_ns": 6, "dequantise_ns": 7,
         "round_ns": 500,
     }  # fmt: skip
-    assert {name: rounds[name] for name in expected} == expected
+    assert {name: rounds[name].tolist() for name in expected} == {name: [ns] * DEVICES for name, ns in expected.items()}
 
 
-TIMES = sorted(
-    column.name
-    for column in ROUND_COLUMNS
-    if column.nullable and column.unit == "ns" and column.name in of(finished(answered_by(0)))[0]
-    and np.ndim(of(finished(answered_by(0)))[0][column.name])
-)  # fmt: skip
+TIMES = OF_OUTCOME
 
 
 def test_what_was_sent_nothing_has_no_times_and_counts_of_zero() -> None:
@@ -157,7 +156,7 @@ def test_what_is_not_known_of_a_lost_block_is_not_0() -> None:
 def test_nothing_is_left_of_the_round_before() -> None:
     rows = Rows(DEVICES, keep_scores=True)
     rows.of(finished(*(answered_by(device) for device in range(DEVICES))))
-    rounds, _ = rows.of(finished())
+    rounds = spread(rows.of(finished())[0])
     for name, value in of(finished())[0].items():
         np.testing.assert_array_equal(rounds[name], value, err_msg=name)
 
@@ -184,7 +183,7 @@ def test_the_experts_that_were_asked_stand_beside_those_the_gate_chose() -> None
 
 def test_without_a_band_nothing_is_said_of_rates() -> None:
     rounds, _ = of(finished(answered_by(0))._replace(asked_3N=None))
-    assert not {*ASKED, *MEASURED} & rounds.keys()
+    assert not set(OF_BAND) & rounds.keys()
 
 
 @pytest.mark.parametrize("changed", [{"down_ns": None}, {"down_ns": 0}])
@@ -252,7 +251,7 @@ def test_a_rounds_rows_are_its_own_whatever_changes_before_they_are_written() ->
     session.settle()
     session.settle()
     keys = ("round", "policy", "prompt", "layer", "phase", "dilation")
-    assert [tuple(rounds[key].item() for key in keys) for rounds in kept.rounds] == [
+    assert [tuple(rounds[key] for key in keys) for rounds in kept.rounds] == [
         (0, 1, 4, 2, GenerationPhase.PREFILL, 5.0),
         (1, 2, 9, 3, GenerationPhase.DECODE, 10.0),
     ]
@@ -264,8 +263,7 @@ def test_a_session_gives_every_column_that_the_log_wants() -> None:
     play(session)
     session.settle()
     (rounds,), (tokens,) = kept.rounds, kept.tokens
-    of_a_band = {*ASKED, *MEASURED}  # there is none
-    assert rounds.keys() == {column.name for column in ROUND_COLUMNS} - OWN_COLUMNS["rounds"] - of_a_band
+    assert rounds.keys() == {column.name for column in ROUND_COLUMNS} - OWN_COLUMNS["rounds"] - set(OF_BAND)
     assert tokens.keys() == {column.name for column in token_columns()} - OWN_COLUMNS["tokens"]
     assert rounds["status"].tolist() == [Status.ANSWERED, Status.ANSWERED, Status.IDLE]
     assert tokens["kept"].all()

@@ -11,6 +11,7 @@ from testbed.errors import RunLogError
 from testbed.runlog import manifest
 from testbed.runlog.manifest import environment, new_run_directory, write_config, write_manifest
 from testbed.runlog.reader import read_manifest
+from testbed.runlog.schema import SCHEMA_VERSION
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_the_manifest_is_read_back_and_replaced_as_a_whole(tmp_path: Path, monke
             write_manifest(tmp_path, {"seed": 2})
     assert read_manifest(tmp_path)["seed"] == 1
     write_manifest(tmp_path, {"seed": 2})
-    assert read_manifest(tmp_path) == {"seed": 2}
+    assert read_manifest(tmp_path) == {"schema": SCHEMA_VERSION, "seed": 2}
     assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
 
 
@@ -104,3 +105,10 @@ def test_changed_files_show_in_the_revision(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "file").write_text("b")
     assert len(clean) == 40
     assert environment()["git"] == clean + "+"
+
+
+def test_the_manifest_of_a_newer_program_is_refused_in_one_line(tmp_path: Path) -> None:
+    write_manifest(tmp_path, {"schema": SCHEMA_VERSION + 1})
+    with pytest.raises(RunLogError, match="update the testbed") as refused:
+        read_manifest(tmp_path)
+    assert "\n" not in str(refused.value)

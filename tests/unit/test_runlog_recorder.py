@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.errors import RunLogError
-from testbed.runlog.reader import read_events, read_table
+from testbed.runlog import table_writer
+from testbed.runlog.reader import lost_rows, read_events, read_table
 from testbed.runlog.recorder import OWN_COLUMNS, Recorder
 from testbed.runlog.schema import KEY_NAMES, ROUND_COLUMNS, TABLES, Column, columns_of, token_columns
 
@@ -189,18 +190,28 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_one_clear_line_and_the_rows_so_far_stay_readable(tmp_path: Path) -> None:
-    with new_recorder(tmp_path, segment_rows=4) as recorder:
-        recorder.record_round(*one_round(0))
-        recorder.record_round(*one_round(1, tokens=1))
-        with largest_file(1000), pytest.raises(RunLogError, match="free disk space") as caught:
-            recorder.record_round(*one_round(2))
-        assert "\n" not in str(caught.value)
-        assert not list(tmp_path.glob("*.tmp"))
-        assert set(read_table(tmp_path, "rounds")["round"].to_pylist()) == {0, 1}
+def test_a_full_disk_is_said_in_one_clear_line_counted_and_the_rows_so_far_stay_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table_writer, "RETRY_NS", 0)
+    recorder = new_recorder(tmp_path, segment_rows=4)
+    recorder.record_round(*one_round(0))
+    recorder.record_round(*one_round(1, tokens=1))
+    with largest_file(1000):
         recorder.record_round(*one_round(2))
-    assert set(read_table(tmp_path, "rounds")["round"].to_pylist()) == {0, 1, 2}
-    assert set(read_table(tmp_path, "tokens")["round"].to_pylist()) == {0, 1, 2}
+        recorder.record_round(*one_round(3))
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("warning: ") and "rows are lost" in line]
+    assert recorder.lost == (2, 2 * (2 + 3), 0)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert set(read_table(tmp_path, "rounds")["round"].to_pylist()) == {0, 1}
+    recorder.record_round(*one_round(4))
+    with pytest.raises(RunLogError, match=r"rounds lost: 2 \(10 rows\)") as caught:
+        recorder.close()
+    assert "\n" not in str(caught.value)
+    for table, lost in (("rounds", 4), ("tokens", 6)):
+        assert set(read_table(tmp_path, table)["round"].to_pylist()) == {0, 1, 4}
+        assert lost_rows(tmp_path, table) == lost
 
 
 def test_no_space_left_on_the_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,14 +237,18 @@ def test_an_event_is_one_json_line_with_both_clocks(tmp_path: Path) -> None:
     }
 
 
-def test_an_event_that_a_full_disk_cut_short_is_taken_back(tmp_path: Path) -> None:
-    with new_recorder(tmp_path) as recorder:
-        recorder.event("first")
-        size = (tmp_path / "events.jsonl").stat().st_size
-        with largest_file(size + 10), pytest.raises(RunLogError, match="event not written"):
-            recorder.event("second")
-        recorder.event("third")
-    assert [event["kind"] for event in read_events(tmp_path)] == ["first", "third"]
+def test_an_event_that_a_full_disk_cut_short_is_taken_back_and_counted(tmp_path: Path) -> None:
+    said: list[str] = []
+    recorder = new_recorder(tmp_path, say=said.append)
+    recorder.event("first")
+    size = (tmp_path / "events.jsonl").stat().st_size
+    with largest_file(size + 10):
+        recorder.event("second")
+    assert "events find no room" in said[0]
+    recorder.event("third")
+    with pytest.raises(RunLogError, match="events lost: 1"):
+        recorder.close()
+    assert [event["kind"] for event in read_events(tmp_path)] == ["first", "third", "rows_lost"]
 
 
 def test_an_unfinished_last_event_is_not_read(tmp_path: Path) -> None:

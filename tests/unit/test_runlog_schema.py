@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from testbed.runlog import schema
+from testbed.runlog.describe import readme
 
 LOGS_README = Path(__file__).parents[2] / "logs" / "README.md"
-ALL_COLUMNS = (*schema.ROUND_COLUMNS, *schema.token_columns())
+ALL_COLUMNS = (*schema.ROUND_COLUMNS, *schema.token_columns(), *schema.NODE_RECORD, *schema.NODE_COLUMNS)
 
 
 def test_the_readme_of_the_logs_is_what_the_schema_says() -> None:
-    assert LOGS_README.read_text(encoding="utf-8") == schema.readme()
+    assert LOGS_README.read_text(encoding="utf-8") == readme()
 
 
-def test_the_schema_run_as_a_program_prints_the_readme_and_nothing_else() -> None:
+def test_describe_run_as_a_program_prints_the_readme_and_nothing_else() -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "testbed.runlog.schema"], capture_output=True, check=True, timeout=60
+        [sys.executable, "-W", "error", "-m", "testbed.runlog.describe"], capture_output=True, check=True, timeout=60
     )
-    assert done.stdout.decode() == schema.readme()
+    assert done.stdout.decode() == readme()
     assert done.stderr == b""
 
 

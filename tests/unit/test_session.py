@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from simulated_air import BAND_HZ, HEADER_BYTES, ROW_BYTES, ROW_COMPUTE_S, SimulatedAir, heartbeats, play
+from spread_columns import spread
 
 from bs_node.band import Band, BandPlan
 from bs_node.probing import Prober
@@ -39,7 +40,7 @@ class Kept:
         self.tokens: list[dict[str, Any]] = []
 
     def record_round(self, rounds: Mapping[str, Any], tokens: Mapping[str, Any]) -> None:
-        self.rounds.append({name: np.copy(value) for name, value in rounds.items()})
+        self.rounds.append(spread(rounds))
         self.tokens.append({name: np.copy(value) for name, value in tokens.items()})
 
     def flush(self) -> None:

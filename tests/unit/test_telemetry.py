@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import until
 
-from jetson_node.jtop_sampler import sample_line
-from jetson_node.telemetry import Telemetry, board_figures, sample_of_line
+from jetson_node.host_sensors import HostSensors
+from jetson_node.jtop_sampler import clocks_of, sample_line
+from jetson_node.telemetry import BoardSample, Telemetry, board_figures, sample_of_line
+from testbed.wire.figures import HOST, is_figure
+from testbed.wire.messages import Heartbeat, decode_from_node, encode
 
 # fmt: off
 CAPTURED = {
@@ -37,7 +40,23 @@ CAPTURED_POWER: dict[str, Any] = {
         "name": "VDD_IN",
     },
 }
+CAPTURED_GPU: dict[str, Any] = {
+    "gpu": {
+        "type": "integrated", "status": {"railgate": False, "tpc_pg_mask": False, "3d_scaling": True, "load": 4.8},
+        "freq": {"governor": "nvhost_podgov", "cur": 306000, "max": 1020000, "min": 306000, "GPC": [305981]},
+        "power_control": "auto",
+    },
+}
+CAPTURED_MEMORY: dict[str, Any] = {
+    "RAM": {"tot": 3688892, "used": 1687344, "free": 737636},
+    "EMC": {"cur": 2133000, "max": 3199000, "min": 204000, "override": 0, "val": 0, "online": True},
+}
+CAPTURED_FAN: dict[str, Any] = {
+    "pwmfan": {"speed": [26.274509803921568], "rpm": [1145], "profile": "quiet", "governor": "cont",
+               "control": "close_loop"},
+}
 # fmt: on
+CLOCKS = clocks_of(CAPTURED_GPU, CAPTURED_MEMORY, CAPTURED_FAN)
 
 
 def test_a_captured_board_gives_gpu_load_temperatures_and_power_with_their_units() -> None:
@@ -46,6 +65,25 @@ def test_a_captured_board_gives_gpu_load_temperatures_and_power_with_their_units
     assert figures["gpu_c"] == 46.406
     assert figures["tot_w"] == 5.133
     assert figures["vdd_soc_w"] == 1.54
+
+
+def test_captured_clocks_and_fans_have_their_units() -> None:
+    figures = board_figures(CAPTURED | CLOCKS)
+    assert (figures["gpu_mhz"], figures["emc_mhz"], figures["emc_percent"]) == (306.0, 2133.0, 0)
+    assert (figures["fan_pwmfan0_rpm"], figures["fan_pwmfan0_percent"]) == (1145, pytest.approx(26.27, abs=0.01))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "fan"),
+    [
+        ({}, {}, {}),
+        (None, None, None),
+        ({"gpu": {"freq": {"cur": None}}}, {"EMC": None}, {"fan": {}}),
+        ({"gpu": 5}, [1], {"fan": {"rpm": "fast"}}),
+    ],
+)
+def test_clocks_that_jtop_does_not_tell_are_left_out(gpu: object, memory: object, fan: object) -> None:
+    assert clocks_of(gpu, memory, fan) == {}
 
 
 def test_a_sensor_that_is_offline_is_unknown_and_not_a_temperature() -> None:
@@ -70,6 +108,63 @@ def test_whatever_the_board_says_figures_are_finite_or_unknown(stats: dict[str, 
     assert all(value is None or math.isfinite(value) for value in board_figures(stats).values())
 
 
+@given(st.dictionaries(st.text(max_size=300), st.floats(), max_size=200), st.text(max_size=300))
+def test_whatever_a_board_names_its_sensors_the_heartbeat_fits(stats: dict[str, Any], rail: str) -> None:
+    """Also one with more sensors than a heartbeat carries; what accounts for energy is never crowded out."""
+    sensors = {f"Temp {name}": value for name, value in stats.items()} | {"Power TOT": 5133}
+    telemetry = Telemetry()
+    telemetry.close()
+    telemetry._sampler = None
+    telemetry._board = BoardSample(time.monotonic_ns(), rail, sensors | {f"Fan {name}": 1 for name in stats}, {})
+    figures = telemetry.figures()
+    sent = decode_from_node(encode(Heartbeat(1, figures)))
+    assert isinstance(sent, Heartbeat)
+    assert figures["tot_w"] == 5.133
+    assert {"board_age_s", "rss_bytes", f"tot_rail:{rail[:64]}"} <= figures.keys()
+
+
+def test_every_captured_figure_has_a_name_that_the_base_station_takes() -> None:
+    assert all(is_figure(name) for name in board_figures(CAPTURED | CLOCKS))
+    telemetry = Telemetry()
+    figures = telemetry.figures()
+    telemetry.close()
+    assert {name for name in figures if not is_figure(name)} == {"host_age_s"}
+
+
+def test_the_machine_is_read_once_a_second_and_figures_tell_their_age(tmp_path: Path) -> None:
+    class Counting(HostSensors):
+        reads = 0
+
+        def read(self) -> dict[str, float | None]:
+            self.reads += 1
+            return {"cpu_mhz": float(self.reads)}
+
+    telemetry = Telemetry(sensors := Counting(tmp_path))
+    began_s = time.monotonic()
+    first, second = telemetry.figures(), telemetry.figures()
+    spent_s = time.monotonic() - began_s
+    telemetry.close()
+    assert sensors.reads <= 1 + spent_s / 0.95
+    assert first["host_age_s"] == 0
+    assert second["cpu_mhz"] == 1 or spent_s > 0.95
+    assert 0 <= (second["host_age_s"] or 0) <= spent_s
+
+
+def test_a_board_tells_its_temperatures_itself(tmp_path: Path) -> None:
+    class Warm(HostSensors):
+        def read(self) -> dict[str, float | None]:
+            return {"cpu_c": 20.0, "soc_c": 21.0, "cpu_mhz": 1000.0}
+
+    telemetry = Telemetry(Warm(tmp_path))
+    telemetry.close()
+    telemetry._sampler = None
+    assert telemetry.figures()["soc_c"] == 21.0
+    telemetry._board = BoardSample(time.monotonic_ns(), "VDD_IN", CAPTURED, CLOCKS)
+    figures = telemetry.figures()
+    assert (figures["cpu_c"], figures["cpu_mhz"]) == (46.062, 1000.0)
+    assert "soc_c" not in figures
+
+
 def test_this_process_reports_memory_and_load_without_a_board() -> None:
     telemetry = Telemetry()
     figures = telemetry.figures()
@@ -77,6 +172,7 @@ def test_this_process_reports_memory_and_load_without_a_board() -> None:
     assert (figures["rss_bytes"] or 0) > 1_000_000
     assert (figures["memory_available_bytes"] or 0) > 0
     assert figures["load_1m"] is not None
+    assert set(HOST) - figures.keys() <= {"cpu_mhz", "throttled"}
 
 
 def test_importing_the_node_never_imports_jtop() -> None:
@@ -87,13 +183,14 @@ def test_importing_the_node_never_imports_jtop() -> None:
 
 def sampled(power: dict[str, Any], sampled_ns: int = 5_000_000_000) -> dict[str, float | None]:
     """Figures 0.25 s after the sample."""
-    sample = sample_of_line(sample_line(CAPTURED, power, sampled_ns).encode())
+    sample = sample_of_line(sample_line(CAPTURED, power, CLOCKS, sampled_ns).encode())
     assert sample is not None
     return sample.figures(sampled_ns + 250_000_000)
 
 
 def test_a_captured_sample_tells_its_age_and_the_rail_of_its_total_power() -> None:
     figures = sampled(CAPTURED_POWER)
+    assert figures["gpu_mhz"] == 306
     assert figures["tot_w"] == 5.133
     assert figures["board_age_s"] == 0.25
     assert [name for name in figures if name.startswith("tot_rail")] == ["tot_rail:VDD_IN"]
@@ -111,8 +208,8 @@ def test_a_board_without_power_names_no_rail(power: dict[str, Any]) -> None:
 
 
 def test_what_has_no_plain_value_does_not_travel() -> None:
-    line = sample_line({"time": object(), "GPU": 1.5}, {}, 1)
-    assert json.loads(line) == {"sampled_ns": 1, "total_rail": None, "stats": {"GPU": 1.5}}
+    line = sample_line({"time": object(), "GPU": 1.5}, {}, {}, 1)
+    assert json.loads(line) == {"sampled_ns": 1, "total_rail": None, "stats": {"GPU": 1.5}, "clocks": {}}
 
 
 @pytest.mark.parametrize("line", [b"", b"{", b"[1]", b"3", b"{}", b'{"sampled_ns": 1.5, "total_rail": 0, "stats": []}'])
@@ -127,6 +224,8 @@ class JtopException(Exception):
     pass
 
 class jtop:
+    gpu = {"gpu": {"freq": {"cur": 306000}}}
+    memory, fan = {"EMC": {"cur": 2133000}}, {}
     power = {"tot": {"power": 5133, "name": "VDD_IN"}}
     stats = {"Power TOT": 5133}
 
@@ -162,3 +261,4 @@ def test_a_sampler_that_is_stuck_grows_old(tmp_path: Path, monkeypatch: pytest.M
     assert first["tot_w"] == second["tot_w"] == 5.133
     assert 0 < (first["board_age_s"] or 0) < (second["board_age_s"] or 0) < time.monotonic() - began_s
     assert "tot_rail:VDD_IN" in first
+    assert (first["gpu_mhz"], first["emc_mhz"]) == (306.0, 2133.0)
