@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,9 +94,10 @@ class EchoExperts:
         """Nothing to warm."""
 
 
-def round_node(port: int, name: str, keys: Path | None) -> None:
-    """A real node around experts that echo."""
+def round_node(folder: Path, port: int, name: str, keys: Path | None) -> None:
+    """A real node around experts that echo; it keeps its own rows, as nodes do."""
     from jetson_node.link import Link
+    from jetson_node.rows import RowFiles
     from jetson_node.telemetry import Telemetry
     from jetson_node.worker import Worker
     from testbed.wire.messages import PROTOCOL_VERSION, Hello
@@ -103,7 +105,8 @@ def round_node(port: int, name: str, keys: Path | None) -> None:
     keep_what_is_loaded()
     hello = Hello(PROTOCOL_VERSION, name, 1, manifest_sha256(), [1], {})
     link = Link(lambda: node_socket(port, name, keys), hello, 60.0)
-    Worker(link, EchoExperts(), figures=Telemetry().figures, stop=lambda: False).run()
+    rows = RowFiles(folder / name, name, boot_id=1)
+    Worker(link, EchoExperts(), figures=Telemetry().figures, stop=lambda: False, rows=rows).run()
     link.close()
 
 
@@ -232,8 +235,8 @@ def our_round(stack: ExitStack, keys: Path | None) -> Callable[[int], None]:
     from testbed.runlog.recorder import Recorder
 
     torch.set_num_threads(1)
-    sockets = open_station(stack, keys, round_node)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    sockets = open_station(stack, keys, partial(round_node, folder))
     recorder = stack.enter_context(Recorder(folder, "bench", NAMES, top_k=TOP_K, experts=0, segment_rows=1_000_000))
     registry = Registry(manifest(), 5_000_000_000)
     enrolled = None if keys is None else enrolled_nodes(keys / "bs")
