@@ -82,6 +82,7 @@ class EchoExperts:
     """Experts that give back what they get: everything of a node but the FFN."""
 
     backend = "echo"
+    staging_ns = None
 
     def check(self, layer: int, segments: Sequence[tuple[int, int]], rows: int, width: int) -> None:
         if sum(n for _, n in segments) != rows or width != WIDTH:

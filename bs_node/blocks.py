@@ -19,6 +19,7 @@ from testbed.wire.quantization import accumulate
 
 Float32 = NDArray[np.float32]
 REFUSED = -1
+NOT_STAGED = -1  # as the log writes unknown: on a CPU it is so in every round
 
 
 class Block(NamedTuple):
@@ -74,6 +75,7 @@ class Outcome:
     node_dequantise_ns: int | None = None
     node_compute_ns: int | None = None  # the padding included
     node_padding_ns: int | None = None
+    node_staging_ns: int = NOT_STAGED
     node_quantise_ns: int | None = None
     down_ns: int | None = None  # one way, as the comparison of the clocks has it
     up_ns: int | None = None

@@ -108,6 +108,8 @@ def note_times(outcome: Outcome, last: ReplyPart, now_ns: int) -> None:
     outcome.node_queue_ns, outcome.node_dequantise_ns = last.queue_ns, last.dequantise_ns
     outcome.node_compute_ns, outcome.node_padding_ns = last.compute_ns + last.padding_ns, last.padding_ns
     outcome.node_quantise_ns = last.quantise_ns
+    if last.staging_ns is not None:
+        outcome.node_staging_ns = last.staging_ns
 
 
 class EarlyEnd:

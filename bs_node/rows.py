@@ -31,6 +31,7 @@ OF_OUTCOME = (  # fields of an outcome that are columns
     "node_dequantise_ns",
     "node_compute_ns",
     "node_padding_ns",
+    "node_staging_ns",
     "node_quantise_ns",
     "down_ns",
     "up_ns",

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize
 
-from testbed.checkpoint.ffn import FfnSpec, tensor_name
+from jetson_node.shard import Shard
+from testbed.checkpoint.ffn import FfnSpec
 from testbed.checkpoint.manifest import Manifest, shard_name, verify_file
+from testbed.checkpoint.stored_formats import check_format, decoded, expert_bytes, format_of
 from testbed.errors import CheckpointError, MessageError
 from testbed.wire.kept import KeptRows
 
@@ -32,6 +34,7 @@ class Experts(Protocol):
     """
 
     backend: str
+    staging_ns: int | None  # of the last block: copies between this machine's memory and the GPU's; None without a GPU
 
     def check(self, layer: int, segments: Segments, rows: int, width: int) -> None:
         """Raises MessageError unless every expert is here, comes once, and rows and width are right."""
@@ -51,35 +54,42 @@ def make_experts(
     backend: Backend = "auto",
     dtype: str = "float32",
     threads: int | None = None,
+    weight_format: str | None = None,
 ) -> Experts:
     """The experts that the manifest places on `device`, from its shard in `split_dir`, once its sha256 is right.
 
-    backend: "auto" is torch where it is installed (CUDA where there is one), else numpy. dtype: what torch computes in.
-    threads: torch's, where given. Raises CheckpointError for a shard that is missing, damaged or incomplete.
+    backend: "auto" is torch where it is installed (CUDA where there is one), else numpy. dtype: what torch computes in
+    where the shard is float32, float16 or bfloat16; int8 and int4 compute in bfloat16, and numpy in float32 always.
+    threads: torch's, where given. weight_format: of the shard, the manifest's if None. Raises CheckpointError for a
+    shard that is missing, damaged or incomplete, and for one that does not fit into memory.
     """
+    weight_format = weight_format or format_of(manifest, device)
+    check_format(weight_format)
     path = verify_file(split_dir, shard_name(device), manifest)
     if backend == "auto":
         backend = "torch" if importlib.util.find_spec("torch") else "numpy"
     if backend == "numpy":
-        return NumpyExperts(path, manifest, device)
+        return NumpyExperts(path, manifest, device, weight_format=weight_format)
     if not importlib.util.find_spec("torch"):
         raise CheckpointError("backend torch: torch is not installed here; install it or use backend numpy")
-    from jetson_node.torch_experts import TorchExperts  # noqa: PLC0415 - a node without torch must get this far
+    from jetson_node.torch_experts import torch_experts  # noqa: PLC0415 - a node without torch must get this far
 
-    return TorchExperts(path, manifest, device, dtype=dtype, threads=threads)
+    return torch_experts(path, manifest, device, weight_format=weight_format, dtype=dtype, threads=threads)
 
 
-def check_shard(path: Path, specs: Mapping[tuple[int, int], FfnSpec], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError unless a shard has every tensor of its experts in its shape."""
-    for (layer, expert), spec in specs.items():
-        for part, shape in spec.shapes().items():
-            name = tensor_name(layer, expert, part)
-            if found.get(name) != shape:
-                raise CheckpointError(f"{path}: {name} is {found.get(name)} instead of {shape}; split the model again")
+def check_memory(path: Path, experts: int, needed_bytes: int, available_bytes: int, where: str) -> None:
+    """Raises CheckpointError where the experts of a shard do not fit: a board that swaps looks like a dead one."""
+    if needed_bytes > available_bytes:
+        raise CheckpointError(
+            f"{path}: {experts} experts need {needed_bytes / 1e9:.2f} GB, {where} has {available_bytes / 1e9:.2f} GB "
+            "free; split with weight format int8 or int4, or place fewer experts on this device"
+        )
 
 
 class HeldExperts(ABC):
     """What every backend shares: which experts are here, and how a block is cut into them."""
+
+    staging_ns: int | None = None
 
     def __init__(self, manifest: Manifest, device: str) -> None:
         self._specs = {(layer, expert): manifest.layers[layer].spec for layer, expert in manifest.held_by(device)}
@@ -110,13 +120,18 @@ class NumpyExperts(HeldExperts):
 
     backend = "numpy"
 
-    def __init__(self, path: Path, manifest: Manifest, device: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, device: str, *, weight_format: str) -> None:
         super().__init__(manifest, device)
-        tensors = read_float32(path)
-        check_shard(path, self._specs, {name: tensor.shape for name, tensor in tensors.items()})
-        self._weights = {
-            key: {part: tensors[tensor_name(*key, part)] for part in spec.shapes()} for key, spec in self._specs.items()
-        }
+        if weight_format != "float32":
+            self.backend = f"numpy float32 from {weight_format}"
+        needed_bytes = sum(expert_bytes(spec, "float32") for spec in self._specs.values())
+        with Shard(path) as shard:
+            shard.check(self._specs, weight_format)
+            check_memory(path, len(self._specs), needed_bytes, psutil.virtual_memory().available, "this machine")
+            self._weights = {
+                key: decoded(shard.expert(*key, spec, weight_format), spec, weight_format)
+                for key, spec in self._specs.items()
+            }
 
     def compute(self, layer: int, segments: Segments, x_RD: Float32) -> Float32:
         out_RD, start = self._outputs.take(*x_RD.shape), 0
@@ -125,21 +140,6 @@ class NumpyExperts(HeldExperts):
             out_RD[block] = ffn_numpy(x_RD[block], self._weights[layer, expert], self._specs[layer, expert])
             start += rows
         return out_RD
-
-
-def read_float32(path: Path) -> dict[str, Float32]:
-    """Every tensor of a safetensors file in float32. bf16, which numpy does not know, is widened by hand."""
-    try:
-        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # its stub has no types
-        return {name: _to_float32(entry["data"], entry["dtype"]).reshape(entry["shape"]) for name, entry in entries}
-    except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}; split the model again") from error
-
-
-def _to_float32(data: bytes, dtype: str) -> Float32:
-    if dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(data, {"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
 
 
 def ffn_numpy(x_RD: Float32, weights: Mapping[str, Float32], spec: FfnSpec) -> Float32:

@@ -1,21 +1,38 @@
-"""A node's experts in torch: CUDA where there is one, else CPU. The only module of a node that imports torch."""
+"""A node's experts in torch on the CPU, and the choice of the GPU's (`cuda_experts`) where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 
-from jetson_node.experts import Float32, HeldExperts, Segments, check_shard
-from testbed.checkpoint.ffn import FfnSpec, tensor_name
-from testbed.checkpoint.ffn_torch import ffn_torch
+from jetson_node.experts import Float32, HeldExperts, Segments, check_memory
+from jetson_node.shard import Shard
+from testbed.checkpoint.ffn import FfnSpec
+from testbed.checkpoint.ffn_torch import Weights, ffn_torch
 from testbed.checkpoint.manifest import Manifest
+from testbed.checkpoint.packed_weights import FLOAT_DTYPES, compute_dtype, hold_expert
+from testbed.checkpoint.stored_formats import FLOAT_NAMES, expert_bytes
 from testbed.errors import CheckpointError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+def torch_experts(
+    path: Path, manifest: Manifest, device: str, *, weight_format: str, dtype: str, threads: int | None
+) -> TorchExperts:
+    """The experts of a shard, on the GPU where torch finds one. Raises CheckpointError, as `make_experts` says."""
+    if dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"dtype {dtype!r}: experts compute in {', '.join(FLOAT_DTYPES)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        from jetson_node.cuda_experts import CudaExperts  # noqa: PLC0415 - it builds on this module
+
+        return CudaExperts(path, manifest, device, weight_format=weight_format, dtype=dtype)
+    return TorchExperts(path, manifest, device, weight_format=weight_format, dtype=dtype)
 
 
 class TorchExperts(HeldExperts):
@@ -23,41 +40,45 @@ class TorchExperts(HeldExperts):
     one-row product depend on it, and a tensor mapped from a file is aligned to eight bytes only.
     """
 
-    def __init__(
-        self, path: Path, manifest: Manifest, device: str, *, dtype: str = "float32", threads: int | None = None
-    ) -> None:
-        super().__init__(manifest, device)
-        if dtype not in DTYPES:
-            raise CheckpointError(f"dtype {dtype!r}: experts compute in {', '.join(DTYPES)}")
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._dtype = DTYPES[dtype]
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backend = f"torch {self._device.type} {dtype}"
-        try:
-            mapped = load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: {error}; split the model again") from error
-        check_shard(path, self._specs, {name: tuple(tensor.shape) for name, tensor in mapped.items()})
-        self._weights = {key: self._load(mapped, *key, spec) for key, spec in self._specs.items()}
+    where = "cpu"
 
-    def _load(
-        self, mapped: Mapping[str, torch.Tensor], layer: int, expert: int, spec: FfnSpec
-    ) -> dict[str, torch.Tensor]:
-        parts = {part: mapped[tensor_name(layer, expert, part)] for part in spec.shapes()}
-        return {part: tensor.to(self._device, self._dtype, copy=True) for part, tensor in parts.items()}
+    def __init__(self, path: Path, manifest: Manifest, device: str, *, weight_format: str, dtype: str) -> None:
+        super().__init__(manifest, device)
+        self._format, self._dtype = weight_format, compute_dtype(weight_format, dtype)
+        held = dtype if weight_format in FLOAT_NAMES else weight_format
+        self.backend = f"torch {self.where} {held}"
+        needed_bytes = sum(expert_bytes(spec, held) for spec in self._specs.values())
+        with Shard(path) as shard:
+            shard.check(self._specs, weight_format)
+            check_memory(path, len(self._specs), needed_bytes, *self._room())
+            self._weights = {
+                key: self._hold(as_tensors(shard.expert(*key, spec, weight_format)), spec)
+                for key, spec in self._specs.items()
+            }
+
+    def _room(self) -> tuple[int, str]:
+        """Bytes that are free for weights, and where."""
+        return psutil.virtual_memory().available, "this machine"
+
+    def _hold(self, stored: dict[str, torch.Tensor], spec: FfnSpec) -> Weights:
+        return hold_expert(stored, spec, self._format, self._dtype)
 
     @torch.inference_mode()
     def compute(self, layer: int, segments: Segments, x_RD: Float32) -> Float32:
-        x = torch.from_numpy(x_RD).to(self._device, self._dtype)  # no copy on a CPU in float32
+        x = torch.from_numpy(x_RD).to(self._dtype)  # no copy in float32
         out_RD = self._outputs.take(*x_RD.shape)
         out = torch.from_numpy(out_RD)
-        y = out if self._device.type == "cpu" else torch.empty_like(x)
         start = 0
         for expert, rows in segments:
             block = slice(start, start + rows)
-            y[block] = ffn_torch(x[block], self._weights[layer, expert], self._specs[layer, expert])
+            out[block] = ffn_torch(x[block], self._weights[layer, expert], self._specs[layer, expert])
             start += rows
-        if y is not out:
-            out.copy_(y)  # waits for the device
         return out_RD
+
+
+def as_tensors(stored: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    """The same memory as tensors; numpy's stand-in for bfloat16 is read as what it is."""
+    return {
+        part: torch.from_numpy(array).view(torch.bfloat16) if array.dtype == np.uint16 else torch.from_numpy(array)
+        for part, array in stored.items()
+    }

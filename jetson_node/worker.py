@@ -159,7 +159,7 @@ class Worker:
         first = ReplyPart(
             request.run, request.round, request.attempt, 0, parts, request.rows, request.width, request.padded_width,
             scheme.name, times.received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns,
-            times.padding_ns, sent_ns - quantise_started_ns,
+            times.padding_ns, sent_ns - quantise_started_ns, self._experts.staging_ns,
         )  # fmt: skip
         experts = len(request.segments)
         self._rows.computed(first, request.layer, experts, times.complete_ns, bytes_down, rows_RB.nbytes)

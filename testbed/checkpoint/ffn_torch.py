@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F  # noqa: N812 - as torch's own documentation writes it
@@ -19,14 +20,28 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def ffn_torch(x_RD: torch.Tensor, weights: Mapping[str, torch.Tensor], spec: FfnSpec) -> torch.Tensor:
+class Matrix(Protocol):
+    """A matrix [out, in] in a form that F.linear does not read."""
+
+    def times(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """x_RI times the transposed matrix."""
+
+
+Weights = Mapping[str, Any]  # tensors by the names of `FfnSpec.shapes`; in place of a matrix a Matrix may stand
+
+
+def ffn_torch(x_RD: torch.Tensor, weights: Weights, spec: FfnSpec) -> torch.Tensor:
     """One expert on R rows. Operation by operation what transformers' eager experts do, so that no bit differs."""
-    inner_RI = F.linear(x_RD, weights[spec.first])
+    inner_RI = _linear(x_RD, weights[spec.first])
     if spec.has_bias:
         inner_RI = inner_RI + weights[f"{spec.first}_bias"]
     inner_RI = _gated(inner_RI, spec) if spec.has_gate else ACTIVATIONS[spec.act](inner_RI)
-    y_RD = F.linear(inner_RI, weights["down"])
+    y_RD = _linear(inner_RI, weights["down"])
     return y_RD + weights["down_bias"] if spec.has_bias else y_RD
+
+
+def _linear(x_RI: torch.Tensor, matrix: torch.Tensor | Matrix) -> torch.Tensor:
+    return F.linear(x_RI, matrix) if isinstance(matrix, torch.Tensor) else matrix.times(x_RI)
 
 
 def _gated(both: torch.Tensor, spec: FfnSpec) -> torch.Tensor:

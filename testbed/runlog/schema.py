@@ -178,6 +178,7 @@ ROUND_COLUMNS = (
     _duration("node_dequantise_ns", "rows dequantised at the node"),
     _duration("node_compute_ns", "expert FFN, device synchronised, padding included"),
     _duration("node_padding_ns", "time added to the compute to match a slower device", kind="emulated"),
+    _duration("node_staging_ns", "copies between host and GPU, part of the compute; null where there is no GPU"),
     _duration("node_quantise_ns", "results quantised at the node"),
     _duration("down_ns", "first part handed to the socket until the last was read at the node", kind="inferred"),
     _duration("up_ns", "reply handed to the socket until its last part was read at the BS", kind="inferred"),

@@ -19,7 +19,7 @@ from msgspec import Meta
 from testbed.errors import MessageError
 from testbed.wire.quantization import SchemeName
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 4096
 MAX_TEXT = 512  # characters
 MAX_SEGMENTS = 512
@@ -121,6 +121,7 @@ class ReplyPart(Message, frozen=True, tag=4):
     compute_ns: Duration
     padding_ns: Duration  # emulated compute time added after the real one
     quantise_ns: Duration
+    staging_ns: Duration | None = None  # of the compute: copies between host and GPU; None where there is none
 
 
 class Rejected(Message, frozen=True, tag=5):

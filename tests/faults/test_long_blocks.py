@@ -84,6 +84,7 @@ class HangingExperts:
     """Compute hangs until it is let go; the connection's own threads live on, as they do in a driver that hangs."""
 
     backend = "hanging"
+    staging_ns = None
 
     def __init__(self) -> None:
         self.let_go = Event()

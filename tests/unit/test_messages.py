@@ -70,6 +70,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "dequantise_ns": duration,
     "compute_ns": duration,
     "padding_ns": duration,
+    "staging_ns": st.none() | duration,
     "quantise_ns": duration,
     "reason": text,
     "heartbeat_ns": st.integers(10**6, 10**12),

@@ -74,7 +74,7 @@ def answered_by(device: int) -> Outcome:
         block_on(device), Status.ANSWERED, np.ones((TOKENS, WIDTH), np.float32),
         bytes_down=10, bytes_up=11, parts_down=12, parts_up=13, send_ns=14, bs_sent_ns=100, bs_received_ns=200,
         node_received_ns=10**12, node_sent_ns=10**12 + 50, node_queue_ns=15, node_dequantise_ns=16,
-        node_compute_ns=17, node_padding_ns=18, node_quantise_ns=19, down_ns=20, up_ns=30,
+        node_compute_ns=17, node_padding_ns=18, node_staging_ns=21, node_quantise_ns=19, down_ns=20, up_ns=30,
         clock_offset_ns=-2_500_000_000, clock_bound_ns=25, predicted=Prediction(0.25, 0.5, 0.75),
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_what_is_known_of_a_block_stands_in_its_devices_row() -> None:
         "bytes_down": 10, "bytes_up": 11, "parts_down": 12, "parts_up": 13, "send_ns": 14,
         "rtt_ns": 100, "bs_sent_ns": 100, "bs_received_ns": 200,
         "node_received_ns": 10**12, "node_sent_ns": 10**12 + 50, "node_queue_ns": 15, "node_dequantise_ns": 16,
-        "node_compute_ns": 17, "node_padding_ns": 18, "node_quantise_ns": 19,
+        "node_compute_ns": 17, "node_padding_ns": 18, "node_staging_ns": 21, "node_quantise_ns": 19,
         "down_ns": 20, "up_ns": 30, "clock_offset_s": -2.5, "clock_bound_ns": 25,
         "predicted_compute_s": 0.25, "predicted_down_s": 0.5, "predicted_up_s": 0.75,
         "state_token_s": 1, "state_available": True, "state_age_s": 4,
@@ -138,7 +138,7 @@ TIMES = OF_OUTCOME
 
 def test_what_was_sent_nothing_has_no_times_and_counts_of_zero() -> None:
     rounds, _ = of(finished(answered_by(0)))
-    assert len(TIMES) == 14
+    assert len(TIMES) == 15
     assert {name: int(rounds[name][2]) for name in TIMES} == dict.fromkeys(TIMES, -1)
     assert np.isnan(rounds["clock_offset_s"][[1, 2]]).all()
     counts = ("status", "rows", "experts_touched", "bytes_down", "bytes_up", "parts_down", "parts_up")
