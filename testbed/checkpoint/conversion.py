@@ -6,70 +6,37 @@ so it is called in this file alone and pinned by the test over all families.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from testbed.checkpoint.families import expert_parameters, experts_of, read_config
+from testbed.checkpoint.tensor_files import TensorFiles
 from testbed.errors import CheckpointError
 
-INDEX_NAME = "model.safetensors.index.json"
 EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 Source = tuple[str, Any]  # key in the files, pattern of the converter that takes it (None: a plain copy)
 
 
-def weight_files(directory: Path) -> list[str]:
-    """The safetensors files that the index names: a folder may hold second copies in other formats."""
-    index = directory / INDEX_NAME
-    if not index.exists():
-        names = {"model.safetensors"}
-    else:
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors files; download the model again") from error
-    for name in sorted(names):
-        if not (directory / name).resolve().is_relative_to(directory.resolve()) or not (directory / name).is_file():
-            raise CheckpointError(f"{directory}: weight file {name} is missing; safetensors are needed, complete")
-    return sorted(names)
-
-
-class TensorFiles:
-    """Tensors of a checkpoint by key, mapped and not read until asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        self._where: dict[str, Any] = {}
-        for name in weight_files(directory):
-            try:
-                file: Any = safe_open(directory / name, framework="pt")
-            except SafetensorError as error:
-                raise CheckpointError(f"{directory / name}: {error}; download it again") from error
-            self._where |= dict.fromkeys(file.keys(), file)
-
-    def keys(self) -> list[str]:
-        return sorted(self._where, key=dot_natural_key)
-
-    def tensor(self, key: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._where[key].get_tensor(key)
-        return tensor
-
-    def row(self, key: str, row: int) -> torch.Tensor:
-        tensor: torch.Tensor = self._where[key].get_slice(key)[row]
-        return tensor
-
-
 class Checkpoint:
-    """A checkpoint as its model sees it: `plain()` tensors stay at the base station, `expert()` goes to a node."""
+    """A checkpoint as its model sees it: `plain` tensors stay at the base station, experts go to nodes.
+
+    What can be told from the files' headers is checked when it is made. Raises CheckpointError.
+    """
 
     def __init__(self, directory: Path, model: Any) -> None:
         self._files = TensorFiles(directory)
@@ -83,29 +50,46 @@ class Checkpoint:
             f"{path}.{name}" for path, experts in experts_of(model).items() for name in expert_parameters(experts)
         }
         self._sources = self._plan()
+        self._check_shapes()
         self._whole: dict[str, torch.Tensor] = {}
+        self._converted_dtypes: dict[tuple[Any, ...], torch.dtype] = {}
 
-    def plain(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name in the model, tensor) of everything but the experts."""
-        for target, sources in self._sources.items():
-            if target not in self._expert_targets:
-                yield target, self._fitting(target, self._convert(target, sources[None]), self._meta[target].shape)
-
-    def expert(self, path: str, expert: int) -> dict[str, torch.Tensor]:
-        """The parameters of one expert, by their name in the module. Experts are asked for layer by layer."""
-        targets = {name: f"{path}.{name}" for name in expert_parameters(self._model.get_submodule(path))}
+    def plain_entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name in the model -> (shape, dtype as stored) of everything but the experts."""
         return {
-            name: self._fitting(target, self._expert_tensor(target, expert), self._meta[target].shape[1:])
-            for name, target in targets.items()
+            target: (tuple(self._meta[target].shape), self._dtype(target, sources[None]))
+            for target, sources in self._sources.items()
+            if target not in self._expert_targets
         }
 
+    def plain(self, target: str) -> torch.Tensor:
+        return self._fitting(target, self._convert(target, self._sources[target][None]), self._meta[target].shape)
+
+    def expert_dtype(self, path: str) -> torch.dtype:
+        """What the parameters of a layer's experts are stored as; the wider one where they differ."""
+        targets = [f"{path}.{name}" for name in expert_parameters(self._model.get_submodule(path))]
+        return reduce(
+            torch.promote_types, [self._dtype(target, next(iter(self._sources[target].values()))) for target in targets]
+        )
+
+    def expert(self, path: str, expert: int) -> dict[str, list[torch.Tensor]]:
+        """The parameters of one expert by their name in the module, each in pieces to be joined along the first axis.
+
+        Experts are asked for layer by layer.
+        """
+        targets = {name: f"{path}.{name}" for name in expert_parameters(self._model.get_submodule(path))}
+        return {name: self._expert_pieces(target, expert) for name, target in targets.items()}
+
     def _fitting(self, target: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        if tensor.shape != shape:
+        self._check_shape(target, tensor.shape, shape)
+        return tensor
+
+    def _check_shape(self, target: str, found: torch.Size, shape: torch.Size) -> None:
+        if found != shape:
             raise CheckpointError(
-                f"{self._directory}: {target} is {list(tensor.shape)} where config.json says {list(shape)}; "
+                f"{self._directory}: {target} is {list(found)} where config.json says {list(shape)}; "
                 "download the model again"
             )
-        return tensor
 
     def _plan(self) -> dict[str, dict[int | None, list[Source]]]:
         """Target -> expert (None: all at once) -> sources. Raises CheckpointError where keys and model do not match."""
@@ -127,14 +111,61 @@ class Checkpoint:
         if missing := sorted(set(self._meta) - set(plan) - set(self._model.all_tied_weights_keys)):
             raise CheckpointError(f"{self._directory}: {_some(missing)}: tensors missing; download the model again")
         for target in self._expert_targets:
-            count = len(self._meta[target])
+            count, numbers = len(self._meta[target]), [number for number in plan[target] if number is not None]
             if set(plan[target]) not in ({None}, set(range(count))):
-                raise CheckpointError(f"{self._directory}: {target}: not all {count} experts are in the files")
+                raise CheckpointError(
+                    f"{self._directory}: {target}: config.json says {count} experts, the files hold {len(numbers)} "
+                    f"({min(numbers)} to {max(numbers)}); download the model again"
+                )
         return plan
+
+    def _check_shapes(self) -> None:
+        """From headers alone: the shape of every tensor that is stored as it is or only joined."""
+        for target, by_expert in self._sources.items():
+            whole = self._meta[target].shape
+            for expert, sources in by_expert.items():
+                if sources[0][1] is None:
+                    self._check_shape(target, self._files.shape(sources[0][0]), whole)
+                elif expert is not None and (keys := self._joined(sources)):
+                    shapes = [self._files.shape(key) for key in keys]
+                    rows = sum(shape[0] for shape in shapes) if all(shapes) else 0
+                    self._check_shape(target, torch.Size([rows, *shapes[0][1:]]), whole[1:])
 
     def _may_be_ignored(self, key: str) -> bool:
         ignored = [*(self._model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
         return any(re.search(pattern, key) for pattern in ignored)
+
+    def _joined(self, sources: list[Source]) -> list[str]:
+        """Keys whose tensors, one after the other, are the parameter of one expert; empty where there is more to do.
+
+        That spares copies: a file's tensors can be written as they are.
+        """
+        converter: Any = self._by_pattern[sources[0][1]]
+        operations = converter.operations
+        merges = bool(operations) and type(operations[0]) is MergeModulelist and operations[0].dim == 0
+        joins = [type(operation) is Concatenate and operation.dim == 1 for operation in operations[1:]]
+        if not merges or joins not in ([], [True]):
+            return []
+        keys = {pattern: key for key, pattern in sources}
+        if len(keys) < len(sources):
+            return []
+        if missing := [pattern for pattern in converter.source_patterns if pattern not in keys]:
+            raise CheckpointError(
+                f"{self._directory}: beside {sources[0][0]} there is no {missing[0]}: is a tensor missing? "
+                "download the model again"
+            )
+        return [keys[pattern] for pattern in converter.source_patterns]
+
+    def _dtype(self, target: str, sources: list[Source]) -> torch.dtype:
+        """From headers where nothing is converted; else one tensor of its kind is converted, once."""
+        stored = [self._files.dtype(key) for key, _ in sources]
+        pattern = sources[0][1]
+        if pattern is None or (target in self._expert_targets and self._joined(sources)):
+            return reduce(torch.promote_types, stored)
+        kind = (pattern, *stored)
+        if kind not in self._converted_dtypes:
+            self._converted_dtypes[kind] = self._convert(target, sources).dtype
+        return self._converted_dtypes[kind]
 
     def _convert(self, target: str, sources: list[Source]) -> torch.Tensor:
         key, pattern = sources[0]
@@ -152,6 +183,12 @@ class Checkpoint:
             ) from error
         tensor: torch.Tensor = converted[0] if isinstance(converted, list) else converted
         return tensor
+
+    def _expert_pieces(self, target: str, expert: int) -> list[torch.Tensor]:
+        sources = self._sources[target]
+        if expert in sources and (keys := self._joined(sources[expert])):
+            return [self._files.tensor(key) for key in keys]
+        return [self._fitting(target, self._expert_tensor(target, expert), self._meta[target].shape[1:])]
 
     def _expert_tensor(self, target: str, expert: int) -> torch.Tensor:
         sources = self._sources[target]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from testbed.checkpoint.ffn import FfnSpec
+from testbed.checkpoint.stored_formats import WeightFormat
 from testbed.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
@@ -55,13 +56,14 @@ class Manifest(BaseModel):
     format: Literal[1] = 1
     model_name: str = Field(min_length=1, max_length=256)
     model_type: str = Field(min_length=1, max_length=128)
-    model_hash: Sha256  # config and every tensor by value: the same for every placement of a model
-    source_hash: Sha256  # the files the split was made from
-    dtype: Dtype  # of the experts' weights, as stored
+    model_hash: Sha256  # config and every tensor (name, dtype, shape, crc32): the same for every placement of a model
+    source_hash: Sha256  # config, tokenizer and the weights' headers that the split was made from
+    dtype: Dtype  # of the experts' weights, as stored where `weight_format` says nothing else
     devices: tuple[DeviceName, ...] = Field(min_length=1)
     layers: tuple[Layer, ...] = Field(min_length=1)
     placement: tuple[tuple[tuple[DeviceName, ...], ...], ...]
     files: dict[FileName, FileEntry]
+    weight_format: dict[DeviceName, WeightFormat] = {}  # of a device's shard; see `stored_formats.format_of`
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Manifest:
@@ -74,6 +76,8 @@ class Manifest(BaseModel):
             raise ValueError("placement leaves an expert without device, or names an unknown device")
         if missing := {BS_NAME, *map(shard_name, self.devices)} - set(self.files):
             raise ValueError(f"no sha256 for {min(missing)}")
+        if not set(self.weight_format) <= set(self.devices):
+            raise ValueError("weight_format names an unknown device")
         return self
 
     def layer_at(self, path: str) -> Layer:

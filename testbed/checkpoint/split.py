@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import errno
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from testbed.checkpoint.check import check_layer
-from testbed.checkpoint.conversion import Checkpoint, weight_files
-from testbed.checkpoint.families import DTYPES, canonical, describe, empty_model, experts_of, top_k_of
+from testbed.checkpoint.families import DTYPES, canonical
 from testbed.checkpoint.ffn import tensor_name
+from testbed.checkpoint.job import Source, SplitJob, Step
 from testbed.checkpoint.manifest import (
     BS_NAME,
     MANIFEST_NAME,
     Dtype,
+    FileEntry,
     Layer,
     Manifest,
     file_entry,
@@ -32,15 +27,16 @@ from testbed.checkpoint.manifest import (
     shard_name,
     verify_file,
 )
-from testbed.checkpoint.placement import Placement, place
-from testbed.checkpoint.shard_writer import ShardWriter
+from testbed.checkpoint.partial import Journal, Keeper, Partial
+from testbed.checkpoint.placement import Held
+from testbed.checkpoint.shard_writer import ShardWriter, raw_bytes
+from testbed.checkpoint.stored_formats import WeightFormat
+from testbed.checkpoint.weight_formats import encode_expert
 from testbed.errors import CheckpointError
 
-COPIED = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab*", "merges.txt", "chat_template*", "*.model"),
-)
 Progress = Callable[[int, int], None]
+Pieces = dict[str, list[torch.Tensor]]  # part of an expert -> its rows, in pieces
+SPARE_BYTES = 1 << 20  # headers, manifest, journal
 
 
 def split(
@@ -48,201 +44,185 @@ def split(
     out_dir: Path,
     devices: Sequence[str],
     *,
-    placement: Mapping[str, Sequence[int]] | None = None,
+    placement: Mapping[str, Held] | None = None,
     dtype: Dtype | None = None,
+    weight_formats: Mapping[str, WeightFormat] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Splits the checkpoint in `model_dir` into `out_dir` and returns the manifest.
+    """Splits the checkpoint in `model_dir` into `out_dir` and returns the manifest. See `run_split`."""
+    job = SplitJob.of(Source.of(Path(model_dir)), devices, placement, dtype, weight_formats)
+    return run_split(job, Path(out_dir), progress)
 
-    placement: device -> experts (see `placement.place`). dtype: of the experts as stored; the checkpoint's if None.
-    progress: called with (experts written, experts in all). `out_dir` appears complete or not at all. One that exists
-    is returned, once every byte is checked, if it is this very split. Raises CheckpointError if it is another one, and
-    for a folder that is no MoE checkpoint which transformers' experts interface can take apart.
+
+def run_split(job: SplitJob, out_dir: Path, progress: Progress | None = None) -> Manifest:
+    """Writes what the job says into `out_dir` and returns the manifest.
+
+    progress: called with (bytes written, bytes in all). `out_dir` appears complete, also after a power cut, or not at
+    all; what an interrupted split had written is gone on with. An `out_dir` that exists is returned, once every byte
+    of model and split is checked, if it is this very split. Raises CheckpointError if it is another one, for a
+    checkpoint that turns out to be damaged, and where the disk is full.
     """
-    model_dir, out_dir = Path(model_dir), Path(out_dir)
-    if not (model_dir / "config.json").is_file():
-        raise CheckpointError(f"{model_dir}: no config.json; give the folder of a Hugging Face checkpoint")
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype {dtype!r}: weights are stored in {', '.join(DTYPES)}")
-    job = _Job.of(model_dir, devices, placement, dtype)
-    if out_dir.is_dir() and any(out_dir.iterdir()):
+    if _is_taken(out_dir):
         return _existing(out_dir, job)
     try:
-        return _write_at_once(job, out_dir, progress)
+        with Partial(out_dir) as partial:
+            if _is_taken(out_dir):  # another process was quicker
+                partial.remove()
+                return _existing(out_dir, job)
+            manifest = _write(job, partial, progress)
+            partial.become(out_dir)
+            return manifest
     except OSError as error:
-        raise CheckpointError(f"{out_dir}: {error.strerror or error}; nothing was written there") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space and start it again: it goes on where it was" if full else "nothing was written there"
+        raise CheckpointError(f"{out_dir}: {error.strerror or error}; {hint}") from error
 
 
-def _write_at_once(job: _Job, out_dir: Path, progress: Progress | None) -> Manifest:
-    """Writes beside `out_dir` and renames: it is complete, also after a power cut, or not there."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
-        manifest = _write(job, partial, progress)
-        partial.chmod(0o755)
-        partial.rename(out_dir)
-        _sync(out_dir.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+def _is_taken(out_dir: Path) -> bool:
+    return out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is to be split, and where each expert goes."""
-
-    model_dir: Path
-    model: Any  # its parameters on the meta device
-    layers: tuple[Layer, ...]
-    devices: tuple[str, ...]
-    placement: Placement
-    dtype: Dtype | None
-    source_hash: str
-
-    @classmethod
-    def of(
-        cls, model_dir: Path, devices: Sequence[str], mapping: Mapping[str, Sequence[int]] | None, dtype: Dtype | None
-    ) -> _Job:
-        model = empty_model(model_dir, torch.float32, "eager")
-        layers = tuple(
-            Layer(index=i, path=path, experts=m.num_experts, top_k=top_k_of(model, path), spec=describe(m))
-            for i, (path, m) in enumerate(experts_of(model).items())
-        )
-        if not layers:
-            raise CheckpointError(
-                f"{model_dir}: {model.config.model_type} has no experts behind transformers' experts interface; "
-                "use a mixture-of-experts model of a family that has (Mixtral, Qwen-MoE, DeepSeek, ...)"
-            )
-        placement = place([layer.experts for layer in layers], devices, mapping)
-        source_hash = _source_hash(model_dir, dtype)
-        return cls(model_dir, model, layers, tuple(devices), placement, dtype, source_hash)
-
-    def experts(self) -> Iterator[tuple[Layer, int, tuple[str, ...]]]:
-        """(layer, expert, its devices) in the order in which shards store them."""
-        for layer, row in zip(self.layers, self.placement, strict=True):
-            for expert, holders in enumerate(row):
-                yield layer, expert, holders
-
-
-def _existing(out_dir: Path, job: _Job) -> Manifest:
+def _existing(out_dir: Path, job: SplitJob) -> Manifest:
     manifest = load_manifest(out_dir)
-    theirs = (manifest.source_hash, manifest.devices, manifest.placement)
-    if theirs != (job.source_hash, job.devices, job.placement):
+    theirs = (manifest.source_hash, manifest.devices, manifest.placement, manifest.dtype, manifest.weight_format)
+    if theirs != (job.source_hash, job.devices, job.placement, job.dtype, job.weight_formats) or (
+        manifest.model_hash != job.model_hash(_checksums(job))
+    ):
         raise CheckpointError(f"{out_dir}: holds another model or placement; name another folder, or remove this one")
     for name in manifest.files:
         verify_file(out_dir, name, manifest)
     return manifest
 
 
-def _write(job: _Job, out: Path, progress: Progress | None) -> Manifest:
-    checkpoint = Checkpoint(job.model_dir, job.model)
-    dtype = job.dtype or _stored_dtype(checkpoint, job.layers[0])
-    digests = _write_shards(job, out, checkpoint, DTYPES[dtype], progress) | _write_base_station(out, checkpoint)
-    for path in _copied(job.model_dir):
-        shutil.copyfile(path, out / path.name)
-    manifest = Manifest(
-        model_name=job.model_dir.resolve().name,
-        model_type=job.model.config.model_type,
-        model_hash=_digest(sorted(digests.items()), (job.model_dir / "config.json").read_bytes()),
-        source_hash=job.source_hash,
-        dtype=dtype,
-        devices=job.devices,
-        layers=job.layers,
-        placement=job.placement,
-        files={path.name: file_entry(path) for path in sorted(out.iterdir())},
-    )
-    (out / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n")
-    for path in (*out.iterdir(), out):
-        _sync(path)
+def _checksums(job: SplitJob) -> dict[str, int]:
+    """Reads the whole model and writes nothing."""
+    checksums: dict[str, int] = {}
+    for step in job.steps():
+        for name, pieces in _read(job, step)[1].items():
+            checksums[name] = _crc32(pieces)
+    return checksums
+
+
+def _write(job: SplitJob, partial: Partial, progress: Progress | None) -> Manifest:
+    identity = job.identity()
+    journal = partial.journal(identity)
+    _refuse_if_too_large(job, partial.path)
+    with ThreadPoolExecutor(1) as hashing, ExitStack() as closing:
+        writers, begun = _open(job, partial, journal, hashing)
+        for writer in writers.values():
+            closing.callback(writer.close)
+        checksums = dict(begun.checksums) if begun else {}
+        with Keeper(partial, identity, writers) as keeper:
+            for number, step in enumerate(job.steps(), start=1):
+                if begun and number <= begun.steps:
+                    continue
+                _write_step(job, step, writers, checksums)
+                if progress:
+                    progress(sum(writer.bytes for writer in writers.values()), job.total_bytes)
+                keeper.keep_now_and_then(number, checksums)
+            keeper.wait()
+        files = {name: writer.finish() for name, writer in writers.items()}
+    for path in job.source.copied():
+        shutil.copyfile(path, partial.path / path.name)
+        files[path.name] = file_entry(partial.path / path.name)
+    manifest = _manifest(job, checksums, files)
+    (partial.path / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n")
     return manifest
 
 
-def _stored_dtype(checkpoint: Checkpoint, layer: Layer) -> Dtype:
-    dtypes = [tensor.dtype for tensor in checkpoint.expert(layer.path, 0).values()]
-    found = reduce(torch.promote_types, dtypes)
-    for name, dtype in DTYPES.items():
-        if dtype == found:
-            return name
-    raise CheckpointError(f"{layer.path}: experts stored as {found}; use a checkpoint in {', '.join(DTYPES)}")
+def _manifest(job: SplitJob, checksums: Mapping[str, int], files: Mapping[str, FileEntry]) -> Manifest:
+    return Manifest(
+        model_name=job.source.model_dir.resolve().name,
+        model_type=job.source.model.config.model_type,
+        model_hash=job.model_hash(checksums),
+        source_hash=job.source_hash,
+        dtype=job.dtype,
+        devices=job.devices,
+        layers=job.source.layers,
+        placement=job.placement,
+        files=dict(sorted(files.items())),
+        weight_format=dict(job.weight_formats),
+    )
 
 
-def _write_shards(
-    job: _Job, out: Path, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None
-) -> dict[str, str]:
-    """Writes one shard per device, expert by expert, so that memory stays at one; returns tensor name -> digest."""
-    digests: dict[str, str] = {}
-    every = list(job.experts())
-    with ExitStack() as stack:
-        writers = {
-            device: stack.enter_context(ShardWriter(out / shard_name(device), _shapes(job, device), dtype))
-            for device in job.devices
-        }
-        for done, (layer, expert, holders) in enumerate(every, start=1):
-            for part, tensor in _read_expert(job, checkpoint, layer, expert).items():
-                name, stored = tensor_name(layer.index, expert, part), _cast(tensor, dtype, layer, job)
-                digests[name] = _tensor_digest(stored)
-                for device in holders:
-                    writers[device].add(name, stored)
-            if progress:
-                progress(done, len(every))
-    return digests
+def _refuse_if_too_large(job: SplitJob, folder: Path) -> None:
+    there = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    missing = job.total_bytes + SPARE_BYTES - there - shutil.disk_usage(folder).free
+    if missing > 0:
+        raise CheckpointError(
+            f"{folder.parent}: the split takes {job.total_bytes / 1e9:.2f} GB, {missing / 1e9:.2f} GB more than is "
+            "free; free some space, or name a folder on another disk"
+        )
 
 
-def _shapes(job: _Job, device: str) -> dict[str, tuple[int, ...]]:
-    return {
-        tensor_name(layer.index, expert, part): shape
-        for layer, expert, holders in job.experts()
-        if device in holders
-        for part, shape in layer.spec.shapes().items()
-    }
+def _open(
+    job: SplitJob, partial: Partial, journal: Journal | None, hashing: ThreadPoolExecutor
+) -> tuple[dict[str, ShardWriter], Journal | None]:
+    """The files as the journal has them; new ones where there is none, or where they are not what it says."""
+    if journal is not None:
+        writers: dict[str, ShardWriter] = {}
+        try:
+            for name, entries in job.entries.items():
+                writers[name] = ShardWriter(partial.path / name, entries, hashing, journal.files[name])
+        except (CheckpointError, OSError, KeyError):
+            for writer in writers.values():
+                writer.close()
+            partial.clear()
+        else:
+            return writers, journal
+    return {name: ShardWriter(partial.path / name, entries, hashing) for name, entries in job.entries.items()}, None
 
 
-def _read_expert(job: _Job, checkpoint: Checkpoint, layer: Layer, expert: int) -> dict[str, torch.Tensor]:
-    """One expert in canonical form; the first of every layer is also run through the model's own class."""
-    module, weights = job.model.get_submodule(layer.path), checkpoint.expert(layer.path, expert)
-    if expert == 0:
-        check_layer(layer.path, module, weights, layer.spec)
-    tensors = canonical(module, weights)
-    return {part: tensors[part] for part in layer.spec.shapes()}
+def _write_step(job: SplitJob, step: Step, writers: Mapping[str, ShardWriter], checksums: dict[str, int]) -> None:
+    parts, named = _read(job, step)
+    for name, pieces in named.items():
+        checksums[name] = _crc32(pieces)
+    if isinstance(step, str):
+        writers[BS_NAME].add(step, parts[step])
+        return
+    layer, expert, holders = step
+    stored: dict[WeightFormat, Pieces] = {}
+    for device in holders:
+        weight_format = job.weight_format(device)
+        if weight_format not in stored:
+            stored[weight_format] = parts if weight_format == job.dtype else _encoded(parts, weight_format, layer)
+        for part, pieces in stored[weight_format].items():
+            writers[shard_name(device)].add(tensor_name(layer.index, expert, part), pieces)
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, layer: Layer, job: _Job) -> torch.Tensor:
-    if job.dtype is None and torch.promote_types(tensor.dtype, dtype) != dtype:
-        raise CheckpointError(f"{layer.path}: {tensor.dtype} among weights of {dtype}; say which dtype to store")
-    return tensor.to(dtype)
+def _read(job: SplitJob, step: Step) -> tuple[Pieces, Pieces]:
+    """What a step writes, by part and by its name in the split, in the dtype of the job."""
+    if isinstance(step, str):
+        parts = {step: [job.source.checkpoint.plain(step)]}
+        return parts, parts
+    layer, expert, _ = step
+    parts = _canonical_expert(job, layer, expert)
+    return parts, {tensor_name(layer.index, expert, part): pieces for part, pieces in parts.items()}
 
 
-def _write_base_station(out: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """Writes everything but the experts, in the dtype of the checkpoint; returns tensor name -> digest."""
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint.plain()}
-    save_file(tensors, out / BS_NAME, metadata={"format": "pt"})
-    return {name: _tensor_digest(tensor) for name, tensor in tensors.items()}
+def _canonical_expert(job: SplitJob, layer: Layer, expert: int) -> Pieces:
+    module = job.source.model.get_submodule(layer.path)
+    weights = job.source.checkpoint.expert(layer.path, expert)
+    if module.is_transposed or (module.has_gate and not module.is_concatenated):
+        tensors = canonical(module, {name: torch.cat(pieces) for name, pieces in weights.items()})
+        parts = {part: [tensor] for part, tensor in tensors.items()}
+    else:
+        parts = {name.replace("_proj", ""): pieces for name, pieces in weights.items()}
+    if all(piece.dtype == DTYPES[job.dtype] for pieces in parts.values() for piece in pieces):
+        return {part: parts[part] for part in layer.spec.shapes()}
+    return _encoded(parts, job.dtype, layer)
 
 
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return _digest([str(tensor.dtype), list(tensor.shape)], raw.data)
-
-
-def _digest(described: Any, raw: bytes | memoryview) -> str:
-    digest = hashlib.sha256(json.dumps(described).encode())
-    digest.update(raw)
-    return digest.hexdigest()
-
-
-def _copied(model_dir: Path) -> list[Path]:
-    """What the base station needs beside the weights: config, tokenizer, generation settings."""
-    return sorted({path for pattern in COPIED for path in model_dir.glob(pattern) if path.is_file()})
-
-
-def _source_hash(model_dir: Path, dtype: str | None) -> str:
-    names = {path.name for path in _copied(model_dir)} | set(weight_files(model_dir))
-    return _digest([[name, file_entry(model_dir / name).sha256] for name in sorted(names)] + [dtype], b"")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _encoded(parts: Pieces, weight_format: WeightFormat, layer: Layer) -> Pieces:
+    tensors = {part: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for part, pieces in parts.items()}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return {part: [tensor] for part, tensor in encode_expert(tensors, weight_format, layer.spec).items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{layer.path}: {error}") from error
+
+
+def _crc32(pieces: Iterable[torch.Tensor]) -> int:
+    checksum = 0
+    for piece in pieces:
+        checksum = zlib.crc32(raw_bytes(piece), checksum)
+    return checksum
