@@ -54,7 +54,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'the base station needs Python 3.11 or later: make PYTHON=...')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bs,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bs,serve,eval,dev]"
 	$(BIN)/python -c "import bs_node.blocks, bs_node.learning, testbed.policies.joint, testbed.wire.quantization"  # compiles their loops, once
 	touch $@
 

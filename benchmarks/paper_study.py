@@ -22,7 +22,7 @@ from paper_tables import Rows, print_tables
 from testbed.channel.radio import placements
 from testbed.config import PolicySpec, RunConfig, load_run_file
 from testbed.experiment.emulation import row_bytes
-from testbed.experiment.setup import split_model
+from testbed.experiment.model_split import split_model
 from testbed.policies.loading import make_policy
 from testbed.simulation.allocation import Allocation
 from testbed.simulation.draws import draw_channel

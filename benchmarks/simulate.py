@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from testbed.config import load_run_file
-from testbed.experiment.setup import split_model
+from testbed.experiment.model_split import split_model
 from testbed.policies.topk import TopK
 from testbed.policies.wlr import WLR
 from testbed.simulation.allocation import Allocation

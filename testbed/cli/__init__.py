@@ -9,11 +9,27 @@ from typing import Annotated
 
 import typer
 
-from testbed.cli import doctor, keys, logs, node, probe, run, simulate, sweep, watch
+from testbed.cli import (
+    chat,
+    doctor,
+    generate,
+    keys,
+    logs,
+    node,
+    place,
+    probe,
+    run,
+    serve,
+    simulate,
+    split,
+    sweep,
+    watch,
+)
+from testbed.cli import eval as evaluation
 from testbed.errors import WdmoeError
 
 INTERRUPTED = 130
-EXTRAS = {"torch", "transformers", "accelerate", "tokenizers", "duckdb", "vl_convert", "prometheus_client"}
+EXTRAS = {"torch", "transformers", "accelerate", "tokenizers", "duckdb", "vl_convert", "prometheus_client", "yaml"}
 
 app = typer.Typer(
     add_completion=False,
@@ -23,8 +39,14 @@ app = typer.Typer(
 )
 app.command("run", epilog=run.EXAMPLE)(run.command)
 app.command("sweep", epilog=sweep.EXAMPLE)(sweep.command)
+app.command("eval", epilog=evaluation.EXAMPLE)(evaluation.command)
+app.command("generate", epilog=generate.EXAMPLE)(generate.command)
+app.command("chat", epilog=chat.EXAMPLE)(chat.command)
+app.command("serve", epilog=serve.EXAMPLE)(serve.command)
 app.command("simulate", epilog=simulate.EXAMPLE)(simulate.command)
 app.command("watch", epilog=watch.EXAMPLE)(watch.command)
+app.command("place", epilog=place.EXAMPLE)(place.command)
+app.command("split", epilog=split.EXAMPLE)(split.command)
 app.command("probe", epilog=probe.EXAMPLE)(probe.command)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.command)
 app.add_typer(logs.app, name="logs")

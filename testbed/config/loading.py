@@ -158,3 +158,9 @@ def _dotted(key: Key) -> str:
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def asked_policy(text: str) -> tuple[str, list[str]]:
+    """A policy as the command line names it, and its KEY=VALUEs: wlr:theta=0.2, my.module:Class:budget=0.1,k=2."""
+    name, separator, given = text.rpartition(":")
+    return (name, given.split(",")) if separator and "=" in given else (text, [])

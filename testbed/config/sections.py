@@ -13,9 +13,9 @@ from pydantic import AfterValidator, Field, JsonValue, field_validator, model_va
 from testbed.config.base import (
     Address,
     DeviceName,
-    ExpertIds,
     Folder,
     Fraction,
+    HeldExperts,
     NotNegative,
     Positive,
     Scheme,
@@ -143,7 +143,8 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     devices: Annotated[tuple[DeviceSection, ...], Field(strict=False, alias="device")]
     policies: Annotated[tuple[PolicySpec, ...], Field(strict=False, alias="policy")]
-    placement: dict[str, ExpertIds] | None = None  # device -> its experts in every layer; None = expert q on device q
+    # Device -> its experts in every layer, or a list per layer as `testbed place` writes; None = expert q on device q.
+    placement: dict[str, HeldExperts] | None = None
     throttles: Annotated[tuple[ThrottleSection, ...], Field(strict=False, alias="throttle")] = ()
     radio: RadioSection | None = None
     emulation: EmulationSection = EmulationSection()
@@ -252,6 +253,7 @@ class RunConfig(Section):
             if name not in self.placement:
                 raise ValueError(f'placement: device "{name}" is given no expert; add it, or take its [[device]] out')
         for name, experts in self.placement.items():
-            if not experts or len(set(experts)) < len(experts):
+            layers = [layer for layer in experts if isinstance(layer, tuple)] or [experts]
+            if not any(layers) or any(len(set(layer)) < len(layer) for layer in layers):
                 raise ValueError(f"placement.{name}: must list at least one expert, and none twice")
         return self

@@ -95,7 +95,7 @@ class Emulation:
             write_factor(file, factor * dilation)
         facts: dict[str, list[float]] = {}
         if self._channel is not None:
-            links = self._channel.links(prompt, self._time_s(policy, prompt, dilation))
+            links = self._channel.links(prompt, self._time_s(prompt, dilation))
             self._now = prompt, dilation
             self._set_links(links)
             self._tell(links, factor_N)
@@ -109,11 +109,11 @@ class Emulation:
     def _throttle(self, device: str, prompt: int) -> float:
         return float(np.prod([t.factor_at(prompt) for t in self._config.throttles if t.device == device]))
 
-    def _time_s(self, policy: int, prompt: int, dilation: float) -> float:
-        """Emulated time at which the prompt begins: as it was under the first policy, whatever policy runs now."""
+    def _time_s(self, prompt: int, dilation: float) -> float:
+        """Emulated time at which the prompt begins: as it was under the first policy that got there."""
         now_s, (began_s, before) = monotonic(), self._last
         self._last = now_s, dilation
-        if policy == 0 and prompt == len(self._began_s):
+        if prompt == len(self._began_s):
             last_s = self._began_s[-1] + (now_s - began_s) / before if self._began_s else 0.0
             self._began_s.append(last_s)
         return self._began_s[prompt]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from testbed.config import RunConfig
 from testbed.errors import ConfigError
 from testbed.experiment.results import Results, summarise
-from testbed.experiment.setup import labels, standing_testbed
+from testbed.experiment.setup import add_facts, labels, standing_testbed
+from testbed.experiment.workload import TEXT, choose
 from testbed.policies.base import Policy
 from testbed.policies.loading import make_policy
 from testbed.policies.steering import SteerablePolicy, Steered
@@ -21,10 +23,17 @@ from testbed.runlog.catalog import write_results
 
 
 def run_experiment(
-    config: RunConfig, *, config_path: Path, out: Path | None, insecure: bool, display: Console
+    config: RunConfig,
+    *,
+    config_path: Path,
+    out: Path | None,
+    insecure: bool,
+    display: Console,
+    boards: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Results:
     """Run what the run file asks for and return the table's figures, read back from the log.
 
+    `boards` is what each device's board said of itself before, an event `board` each.
     Raises WdmoeError for what a user can mend.
     """
     policies = make_policies(config)
@@ -35,8 +44,21 @@ def run_experiment(
         ),
         progress_bar(display) as progress,
     ):
-        for index, (policy, name) in enumerate(zip(policies, labels(config, policies), strict=True)):
-            base_station.run_policy(index, policy, name, progress)
+        for name, facts in boards.items():
+            base_station.recorder.event("board", device=name, **facts)
+        from testbed.experiment.measuring import run_policy  # noqa: PLC0415 - torch is loaded while the nodes start
+
+        work = config.workload
+        workload = choose(
+            base_station.token_ids,
+            score=work.score_prompts,
+            score_tokens=work.score_tokens,
+            generate=work.generate_prompts if work.new_tokens else 0,
+            prompt_tokens=work.prompt_tokens,
+        )
+        add_facts(run_dir, text_sha256=workload.text_sha256, text=TEXT)
+        for index, name in enumerate(labels(config, policies)):
+            run_policy(base_station, workload, work.new_tokens, index, name, progress)
     results = summarise(run_dir)
     write_results(run_dir, results.document())
     return results

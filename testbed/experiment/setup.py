@@ -5,8 +5,6 @@ split -> run folder -> keys -> socket -> links -> nodes start -> the base statio
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -22,15 +20,19 @@ from bs_node.band import Band
 from testbed.checkpoint.manifest import Manifest, manifest_hash
 from testbed.config import RunConfig
 from testbed.experiment.emulation import NOTHING, Emulation, make_channel
+from testbed.experiment.model_split import split_model
 from testbed.experiment.shaped_links import ShapedLinks
 from testbed.fleet.local import LocalFleet, prepare_fork_server
 from testbed.latency.estimator import Estimator
 from testbed.latency.known import KnownLatencies
-from testbed.paths import cache_directory, runtime_directory
+from testbed.paths import runtime_directory
 from testbed.policies.base import Policy
 from testbed.policies.loading import label
+from testbed.runlog.collect import collect_what_is_there
 from testbed.runlog.manifest import environment, new_run_directory, write_config, write_manifest
+from testbed.runlog.reader import read_manifest
 from testbed.runlog.recorder import Recorder
+from testbed.runlog.schema import NODES
 from testbed.wire.keys import enrolled_nodes, make_run_keys, read_pair
 from testbed.wire.sockets import AllowList, StationSocket
 
@@ -52,6 +54,7 @@ def standing_testbed(
     write_config(run_dir, config_path.read_text())
     prepare_fork_server()
     with ExitStack() as stack:
+        stack.callback(collect_what_is_there, run_dir)  # when nodes have ended and the log is sealed
         recorder = stack.enter_context(open_recorder(config, manifest, run_dir))
         pace = stack.enter_context(runtime_folder("pace"))
         emulation = stack.enter_context(Emulation(config, manifest, run_dir, pace, recorder.event))
@@ -63,20 +66,21 @@ def standing_testbed(
         stack.callback(sockets.close)
         stations = {name: f"tcp://{host}:{port}" for name, port in emulation.start_relay(host, sockets.port).items()}
         local = config.fleet.start == "local"
-        arguments = node_arguments(config, split_dir, stations, keys, emulation) if local else {}
-        fleet = stack.enter_context(LocalFleet(arguments, run_dir / "nodes", recorder.event, emulation.namespaces))
+        arguments = node_arguments(config, split_dir, stations, keys, emulation, run_dir / NODES) if local else {}
+        fleet = stack.enter_context(LocalFleet(arguments, run_dir / NODES, recorder.event, emulation.namespaces))
 
         from testbed.experiment.base_station import BaseStation  # transformers loads while the nodes start
 
         base_station = BaseStation(
-            config, split_dir, manifest, sockets, recorder, policies[0],
+            config, split_dir, manifest, sockets, recorder, policies,
             enrolled=enrolled, begin_prompt=emulation.begin_prompt, estimates=make_estimates(config, emulation),
             band=make_band(config, emulation, shaped),
         )  # fmt: skip
         if shaped is not None:
             shaped.ask_node = base_station.shape
         stack.callback(base_station.say_goodbye)
-        facts = describe(config, manifest, base_station.workload.text_sha256, policies, insecure)
+        facts = describe(config, manifest, policies, insecure)
+        facts["run_number"] = str(base_station.run_number)  # too large for a number of JavaScript
         write_manifest(run_dir, facts)
         base_station.wait_for_nodes(fleet.raise_if_dead)
         write_manifest(run_dir, {**facts, "emulated": base_station.emulated()})
@@ -95,25 +99,6 @@ def open_recorder(config: RunConfig, manifest: Manifest, run_dir: Path) -> Recor
         score_dtype="float32" if config.log.scores == "float32" else "float16",
         segment_rows=config.log.segment_rows,
     )
-
-
-def split_model(config: RunConfig) -> tuple[Path, Manifest]:
-    """The run's split checkpoint, made once and kept in the cache."""
-    from testbed.checkpoint.split import split
-
-    devices = [device.name for device in config.devices]
-    placement = None if config.placement is None else {d: list(e) for d, e in config.placement.items()}
-    source = config.model.folder.resolve()
-    wanted = json.dumps([str(source), fingerprint(source), devices, placement], sort_keys=True)
-    out_dir = cache_directory() / "splits" / hashlib.sha256(wanted.encode()).hexdigest()[:16]
-    return out_dir, split(source, out_dir, devices, placement=placement)
-
-
-def fingerprint(folder: Path) -> list[list[Any]]:
-    """Changes when a file of the checkpoint does."""
-    if not folder.is_dir():
-        return []
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
 def run_keys(stack: ExitStack, devices: list[str]) -> Path:
@@ -158,14 +143,20 @@ def open_socket(host: str, port: int, keys: Path | None, enrolled: dict[str, str
 
 
 def node_arguments(
-    config: RunConfig, split_dir: Path, stations: dict[str, str], keys: Path | None, emulation: Emulation
+    config: RunConfig,
+    split_dir: Path,
+    stations: dict[str, str],
+    keys: Path | None,
+    emulation: Emulation,
+    rows_dir: Path,
 ) -> dict[str, list[str]]:
-    """The command line of every node: what one would type on a board."""
+    """The command line of every node: what one would type on a board. Its own rows go to a folder in `rows_dir`."""
     arguments = {}
     for device, model in zip(config.devices, emulation.compute_N, strict=True):
         argv = ["--name", device.name, "--station", stations[device.name], "--shards", str(split_dir)]
         argv += ["--insecure"] if keys is None else ["--keys", str(keys / device.name)]
         argv += ["--backend", device.backend, "--threads", str(device.threads), "--dtype", config.model.dtype]
+        argv += ["--rows", str(rows_dir.resolve() / device.name)]
         argv += ["--part-bytes", str(config.wire.part_bytes), "--join-timeout-s", str(config.timeouts.join_s)]
         if model != NOTHING:
             argv += ["--emulated-row-s", repr(model.row_s), "--emulated-expert-s", repr(model.expert_s)]
@@ -182,10 +173,11 @@ def labels(config: RunConfig, policies: Sequence[Policy]) -> list[str]:
     ]
 
 
-def describe(
-    config: RunConfig, manifest: Manifest, text_sha256: str, policies: Sequence[Policy], insecure: bool
-) -> dict[str, Any]:
-    """What one must know to understand the rows; what is emulated is known when the nodes have joined."""
+def describe(config: RunConfig, manifest: Manifest, policies: Sequence[Policy], insecure: bool) -> dict[str, Any]:
+    """What one must know to understand the rows; what is emulated is known when the nodes have joined.
+
+    On which text the testbed works is added by who brings it: `add_facts`.
+    """
     return {
         "config": config.model_dump(mode="json", by_alias=True),
         "seed": config.seed,
@@ -195,12 +187,15 @@ def describe(
         "layers": len(manifest.layers),
         "model": {"name": manifest.model_name, "type": manifest.model_type, "hash": manifest.model_hash},
         "split_hash": manifest_hash(manifest),
-        "text_sha256": text_sha256,
-        "text": "held-out files of the running Python's standard library",
         "links": links(config),
         "encryption": "none (--insecure)" if insecure else "CURVE (curve25519, xsalsa20poly1305) with an allow-list",
         "environment": environment(libzmq=zmq.zmq_version()),
     }
+
+
+def add_facts(run_dir: Path, **facts: Any) -> None:
+    """Complete the manifest of a run under way."""
+    write_manifest(run_dir, {**read_manifest(run_dir), **facts})
 
 
 def links(config: RunConfig) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from testbed.demo.corpus import Document, documents
 from testbed.errors import ConfigError
 
+TEXT = "held-out files of the running Python's standard library"
+
 Tokenise = Callable[[str], list[int]]
 
 

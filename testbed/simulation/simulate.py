@@ -10,7 +10,7 @@ from testbed.checkpoint.manifest import Manifest
 from testbed.config import RunConfig
 from testbed.errors import ConfigError
 from testbed.experiment.emulation import row_bytes
-from testbed.experiment.setup import split_model
+from testbed.experiment.model_split import split_model
 from testbed.policies.loading import label, make_policy
 from testbed.simulation.allocation import Allocation
 from testbed.simulation.draws import Draws, check_simulable, draw_channel, draw_placements

@@ -118,6 +118,8 @@ def test_what_was_loaded_dumps_to_what_loads_again(tmp_path: Path) -> None:
 
 def test_a_placement_gives_each_device_its_experts(tmp_path: Path) -> None:
     assert load(tmp_path, LEAST + "[placement]\njetson-0 = [0, 3]").placement == {"jetson-0": (0, 3)}
+    by_layer = load(tmp_path, LEAST + "[placement]\njetson-0 = [[0, 3], [1]]").placement
+    assert by_layer == {"jetson-0": ((0, 3), (1,))}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,8 @@ def test_a_placement_gives_each_device_its_experts(tmp_path: Path) -> None:
         (LEAST + "[placement]", 'placement: device "jetson-0" is given no expert; add it'),
         (LEAST + "[placement]\njetson-0 = [1, 1]", "placement.jetson-0: must list at least one expert, and none twice"),
         (LEAST + "[placement]\njetson-0 = [-1]", "placement.jetson-0[0]: must be greater than or equal to 0, not -1"),
+        (LEAST + "[placement]\njetson-0 = [[0], [2, 2]]", "placement.jetson-0: must list at least one expert"),
+        (LEAST + "[placement]\njetson-0 = [[0], 3]", "placement.jetson-0[1]: must be a list, not 3"),
         (LEAST + '[listen]\nhost = "0.0.0.0"', "listen.host: would listen on every network of this machine; name one"),
         (LEAST + '[listen]\nhost = "*"', "listen.host: would listen on every network of this machine; name one"),
         (LEAST + '[listen]\nhost = "::"', "listen.host: would listen on every network of this machine; name one"),

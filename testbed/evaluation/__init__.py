@@ -1,0 +1,1 @@
+"""Quality beside latency: lm-evaluation-harness on the model whose experts are on the nodes."""

@@ -1,0 +1,1 @@
+"""A distributed model that stands and answers, for whoever brings the prompts."""
