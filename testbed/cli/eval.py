@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-EXAMPLE = 'Example: testbed eval configs/eval.toml --tasks stdlib --limit 20 --policy wlr:theta=0.2'
+EXAMPLE = "Example: testbed eval configs/eval.toml --tasks stdlib --limit 20 --policy wlr:theta=0.2"
 
 
 def command(
@@ -18,7 +18,7 @@ def command(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many items of each task.")] = None,
     policies: Annotated[
         list[str] | None,
-        typer.Option("--policy", metavar="NAME[:KEY=VALUE,...]", help="Instead of the run file's, after topk; repeatable."),
+        typer.Option("--policy", metavar="NAME[:KEY=VALUE]", help="Instead of the run file's, after topk; repeatable."),
     ] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, max=100, help="Examples before each item, if tasks allow.")
