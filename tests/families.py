@@ -96,8 +96,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")  # what families call it
+SCORELESS = {"phimoe"}  # its two softmaxes are over different experts: no one score per expert gives its weights
+
 GATES = ("gate.weight", "router.weight", "router.proj.weight", "gate.wg.weight")
 GATE_BIASES = ("router.bias", "router.scale", "per_expert_scale")
+
+
+def choosing_all(family: str) -> dict[str, Any]:
+    """What to change in the family's config so that the gate chooses every expert."""
+    settings = {**COMMON, **FAMILIES[family]}
+    changes = {name: 8 for name in TOP_K if name in settings}
+    return changes | ({"topk_group": settings["n_group"]} if "n_group" in settings else {})
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:

@@ -22,9 +22,9 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
-from transformers.quantizers.auto import AutoHfQuantizer
 
-from testbed.checkpoint.families import expert_parameters, experts_of, read_config
+from testbed.checkpoint.dequantising import SCALE_SUFFIX, Dequantiser
+from testbed.checkpoint.families import expert_parameters, experts_of
 from testbed.checkpoint.tensor_files import TensorFiles
 from testbed.errors import CheckpointError
 
@@ -42,7 +42,8 @@ class Checkpoint:
         self._files = TensorFiles(directory)
         self._directory, self._model = directory, model
         self._meta = model.state_dict()
-        mapping = get_model_conversion_mapping(model, hf_quantizer=_quantizer(directory))
+        self._dequantiser = Dequantiser(directory)
+        mapping = get_model_conversion_mapping(model, hf_quantizer=self._dequantiser.quantizer)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
@@ -50,6 +51,7 @@ class Checkpoint:
             f"{path}.{name}" for path, experts in experts_of(model).items() for name in expert_parameters(experts)
         }
         self._sources = self._plan()
+        self._check_scales()
         self._check_shapes()
         self._whole: dict[str, torch.Tensor] = {}
         self._converted_dtypes: dict[tuple[Any, ...], torch.dtype] = {}
@@ -119,6 +121,13 @@ class Checkpoint:
                 )
         return plan
 
+    def _check_scales(self) -> None:
+        for by_expert in self._sources.values():
+            for sources in by_expert.values():
+                patterns = {pattern for _, pattern in sources}
+                for key, pattern in sources:
+                    self._dequantiser.check_scale(key, pattern, self._files.dtype(key), patterns)
+
     def _check_shapes(self) -> None:
         """From headers alone: the shape of every tensor that is stored as it is or only joined."""
         for target, by_expert in self._sources.items():
@@ -172,8 +181,12 @@ class Checkpoint:
         if pattern is None:
             return self._files.tensor(key)
         converter: Any = deepcopy(self._by_pattern[pattern])
+        weights = {f"{pattern}{SCALE_SUFFIX}": key for key, pattern in sources}
         for key, pattern in sources:
-            converter.add_tensor(target, key, pattern, self._files.tensor(key))
+            tensor = self._files.tensor(key)
+            if pattern in weights:
+                tensor = self._dequantiser.whole_blocks(tensor, self._files.shape(weights[pattern]))
+            converter.add_tensor(target, key, pattern, tensor)
         try:
             converted = converter.convert(target, model=self._model, config=self._model.config)[target]
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
@@ -181,8 +194,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self._directory}: {key} and its like give no {target} ({reason:.120}); is a tensor missing?"
             ) from error
-        tensor: torch.Tensor = converted[0] if isinstance(converted, list) else converted
-        return tensor
+        dtypes = [self._files.dtype(key) for key, _ in sources]
+        return self._dequantiser.stored(converted[0] if isinstance(converted, list) else converted, dtypes)
 
     def _expert_pieces(self, target: str, expert: int) -> list[torch.Tensor]:
         sources = self._sources[target]
@@ -202,22 +215,6 @@ class Checkpoint:
             self._whole = {name: tensor for name, tensor in self._whole.items() if name.startswith(f"{layer}.")}
             self._whole[target] = self._convert(target, stacked)
         return self._whole[target][expert]
-
-
-def _quantizer(directory: Path) -> Any:
-    """What dequantises a quantised checkpoint; None for one that is not quantised."""
-    quantised = getattr(read_config(directory), "quantization_config", None)
-    if quantised is None:
-        return None
-    method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised.quant_method
-    try:
-        quantizer = AutoHfQuantizer.from_config(quantised, pre_quantized=True)
-    except (ValueError, ImportError, NotImplementedError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{directory}: quantised with {method}: {error!s:.120}; use one in bf16") from error
-    if not hasattr(quantizer.quantization_config, "dequantize"):
-        raise CheckpointError(f"{directory}: quantised with {method}, which cannot be dequantised; use one in bf16")
-    quantizer.quantization_config.dequantize = True
-    return quantizer
 
 
 def _some(names: list[str]) -> str:

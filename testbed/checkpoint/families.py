@@ -45,11 +45,20 @@ def empty_model(directory: Path, dtype: torch.dtype, implementation: str) -> Any
     config = read_config(directory)
     config.quantization_config = None  # a split is stored dequantised
     factory: Any = AutoModelForCausalLM
+    if type(config) not in factory._model_mapping:
+        raise CheckpointError(
+            f"{directory}: {config.model_type} is not a causal language model for transformers; of one that also reads "
+            "images or sound, use the checkpoint of its language model alone"
+        )
     try:
         with init_empty_weights(include_buffers=False):
             return factory.from_config(config, dtype=dtype, experts_implementation=implementation)
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: {config.model_type} is not a causal language model") from error
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{directory / 'config.json'}: no {config.model_type} can be built from it ({reason:.160}); "
+            "download it again"
+        ) from error
 
 
 def gate_of(model: nn.Module, path: str) -> Any:
@@ -95,8 +104,12 @@ def describe(experts: Any) -> FfnSpec:
 
 def _activation(experts: Any) -> Any:
     x = torch.linspace(-6, 6, 97)
+    try:
+        y = experts.act_fn(x)
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{type(experts).__name__}: its activation is not a function of one value") from error
     for name, function in ACTIVATIONS.items():
-        if torch.allclose(function(x), experts.act_fn(x), atol=1e-6):
+        if torch.allclose(function(x), y, atol=1e-6):
             return name
     raise CheckpointError(f"{type(experts).__name__}: its activation is none of {', '.join(ACTIVATIONS)}")
 
