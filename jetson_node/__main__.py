@@ -21,6 +21,7 @@ from jetson_node.experts import make_experts
 from jetson_node.link import Link
 from jetson_node.pacing import Pacing
 from jetson_node.rows import RowFiles, Rows
+from jetson_node.service import told_to_systemd
 from jetson_node.telemetry import Telemetry
 from jetson_node.worker import Worker
 from testbed.checkpoint.manifest import Manifest, load_manifest, manifest_hash
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a node until the base station says goodbye. Returns the exit code; a mistake is one line on stderr."""
     try:
         args = parser().parse_args(argv)
-        stop = _stop_condition(args.stop_with_parent)
+        stop = told_to_systemd(_stop_condition(args.stop_with_parent))
         with _uplink(args) as shaper:
             _serve(args, stop, shaper)
     except WdmoeError as error:
