@@ -15,13 +15,13 @@ READY := .venv/.ready
 READY310 := .venv310/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test check test-browser test-310 bench demo-model clean
+.PHONY: run test check test-browser test-310 provisioning bench demo-model clean
 
 run: $(READY)  ## eight node processes, a real MoE, top-k against WLR
 	$(BIN)/testbed run configs/local.toml
 
 test: check test-310  ## everything that must hold
-	$(BIN)/python -m pytest -q -m "not measured"
+	$(BIN)/python -m pytest -q -m "not measured and not provisioning"
 	$(BIN)/python -m pytest -q -m measured || { echo "$(BUSY)"; $(BIN)/python -m pytest -q -m measured --last-failed; }
 
 test-browser: $(READY)  ## reports and traces, looked at in the system's Chromium
@@ -33,6 +33,10 @@ check: $(READY)  ## style, types, who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+provisioning: $(READY)  ## a rack of virtual boards, as root: debootstrap, systemd-container, nftables, openssh-client
+	$(BIN)/testbed rack up --nodes 1 && $(BIN)/testbed rack down
+	$(BIN)/python -m pytest -q -m provisioning
 
 bench: $(READY)  ## speed, as ratios within one run
 	$(BIN)/python benchmarks/codec.py

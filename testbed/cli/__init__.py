@@ -12,12 +12,14 @@ import typer
 from testbed.cli import (
     chat,
     doctor,
+    fleet,
     generate,
     keys,
     logs,
     node,
     place,
     probe,
+    rack,
     run,
     serve,
     simulate,
@@ -50,6 +52,8 @@ app.command("split", epilog=split.EXAMPLE)(split.command)
 app.command("probe", epilog=probe.EXAMPLE)(probe.command)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.command)
 app.add_typer(logs.app, name="logs")
+app.add_typer(rack.app, name="rack")
+app.add_typer(fleet.app, name="fleet")
 app.command("keys", epilog=keys.EXAMPLE)(keys.command)
 app.command("node", context_settings=node.PASS_ALL_ON, add_help_option=False)(node.command)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from testbed.cli.run_on_boards import Ask, Load
 
 EXAMPLE = "Example: testbed run configs/local.toml --set radio.placement.seed=2"
 
@@ -29,16 +32,29 @@ def command(
         float | None,
         typer.Option(help="Steer them to this mean share of gate mass dropped, or let it bound --target-ms."),
     ] = None,
+    inventory: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Run on the boards of an Ansible inventory, whose nodes are up, by real links."
+        ),
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No encryption, no keys; the log says so.")] = False,
 ) -> None:
     """Run every policy of a run file over its devices and compare them."""
     import signal
+    from functools import partial
 
     from testbed.config import load_run_file
 
     steering = {"target_ms": target_ms, "quality_budget": quality_budget}
     changes = [*(overrides or ()), *(f"steering.{key}={value}" for key, value in steering.items() if value is not None)]
-    config = load_run_file(file, changes)
+    load: Load = partial(load_run_file, file)
+    boards: Ask | None = None
+    if inventory is not None:
+        from testbed.cli.run_on_boards import prepare
+
+        load, boards = prepare(file, inventory)
+    config = load(changes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: nodes, keys and log included
 
     from testbed.cli.output import console, print_json_line
@@ -48,8 +64,9 @@ def command(
     from testbed.experiment.table import placements_notes, placements_table, results_notes, results_table
 
     def run(more: Sequence[str] = ()) -> Results:
-        one = load_run_file(file, [*changes, *more])
-        return run_experiment(one, config_path=file, out=out, insecure=insecure, display=console(stderr=True))
+        one, display = load([*changes, *more]), console(stderr=True)
+        told = None if boards is None else boards(display)
+        return run_experiment(one, config_path=file, out=out, insecure=insecure, display=display, boards=told)
 
     if placements > 1:
         placed = over_placements(config, placements, run)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from testbed.errors import ConfigError
 from testbed.experiment.results import Results, summarise
 from testbed.experiment.setup import add_facts, labels, standing_testbed
 from testbed.experiment.workload import TEXT, choose
+from testbed.fleet.boards import OnBoards
 from testbed.policies.base import Policy
 from testbed.policies.loading import make_policy
 from testbed.policies.steering import SteerablePolicy, Steered
@@ -29,11 +29,11 @@ def run_experiment(
     out: Path | None,
     insecure: bool,
     display: Console,
-    boards: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    boards: OnBoards | None = None,
 ) -> Results:
     """Run what the run file asks for and return the table's figures, read back from the log.
 
-    `boards` is what each device's board said of itself before, an event `board` each.
+    Of `boards`, where the devices are some, the log gets an event each, and what their links are.
     Raises WdmoeError for what a user can mend.
     """
     policies = make_policies(config)
@@ -44,8 +44,11 @@ def run_experiment(
         ),
         progress_bar(display) as progress,
     ):
-        for name, facts in boards.items():
-            base_station.recorder.event("board", device=name, **facts)
+        if boards is not None:
+            for name, facts in boards.told.items():
+                base_station.recorder.event("board", device=name, **facts)
+            if boards.links is not None:
+                add_facts(run_dir, links=boards.links)
         from testbed.experiment.measuring import run_policy  # noqa: PLC0415 - torch is loaded while the nodes start
 
         work = config.workload
