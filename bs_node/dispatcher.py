@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bs_node.blocks import Block, Float32, Outcome, PlainRows
 from bs_node.round import EarlyEnd
 from testbed.policies.base import FloatArray
 from testbed.runlog.schema import Status
+from testbed.wire.quantization import Scheme
 
 
 class Watcher(NamedTuple):
@@ -30,6 +34,19 @@ class ExchangeTimes:
     send_ns: int = 0
     wait_ns: int = 0
     dequantise_ns: int = 0
+
+
+class RowsElsewhere(Protocol):
+    """hidden_TD that is not in this memory: on a GPU. What travels of it is made there."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, token_R: NDArray[np.int64]) -> Float32: ...
+    def quantise(self, scheme: Scheme, padded_width: int = 0) -> NDArray[np.uint8]: ...
+
+
+Hidden = Float32 | RowsElsewhere
 
 
 class Dispatcher(Protocol):
@@ -54,7 +71,7 @@ class Dispatcher(Protocol):
         self,
         number: int,
         layer: int,
-        hidden_TD: Float32,
+        hidden_TD: Hidden,
         blocks: Sequence[Block],
         watcher: Watcher = NOBODY,
         early_end: EarlyEnd | None = None,
@@ -91,7 +108,7 @@ class InProcessDispatcher:
         self,
         number: int,  # noqa: ARG002 - only the wire needs it
         layer: int,
-        hidden_TD: Float32,
+        hidden_TD: Hidden,
         blocks: Sequence[Block],
         watcher: Watcher = NOBODY,
         early_end: EarlyEnd | None = None,  # noqa: ARG002 - all have answered by then

@@ -63,7 +63,8 @@ class Gate:
     def _catch(self, _gate: Any, _args: Any, output: Any) -> None:
         self._logits = None
         if isinstance(output, tuple) and isinstance(output[0], torch.Tensor):
-            self._logits = output[0].detach().flatten(0, -2)
+            # from a GPU it is there once the stream was waited for, as every round does before it looks
+            self._logits = output[0].detach().flatten(0, -2).to("cpu", torch.float32, non_blocking=True)
             self._rounded = any(o.dtype in (torch.bfloat16, torch.float16) for o in output if hasattr(o, "dtype"))
 
     def scores(self, expert_TK: NDArray[np.integer[Any]], weight_TK: Array) -> Array | None:
@@ -74,7 +75,7 @@ class Gate:
         logits, self._logits = self._logits, None
         if logits is None or len(logits) != len(expert_TK):
             return None
-        logits_TE = _array(logits)
+        logits_TE: Array = logits.numpy()
         if not self._checked:
             self._rule, self._checked = self._fitting_rule(logits_TE, expert_TK, weight_TK), True
         if self._rule is None:

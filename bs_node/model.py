@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -15,17 +15,34 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from testbed.checkpoint.families import DTYPES, empty_model, experts_of
 from testbed.checkpoint.manifest import BS_NAME, Dtype, Manifest, verify_file
-from testbed.errors import CheckpointError
+from testbed.errors import CheckpointError, ConfigError
 
 __all__ = ["experts_of", "load_bs_model", "plain_model"]
 
+DeviceName = Literal["auto", "cpu", "cuda"]
 
-def load_bs_model(split_dir: Path, manifest: Manifest, dtype: Dtype, implementation: str) -> Any:
+
+def compute_device(name: DeviceName) -> torch.device:
+    """Where the base station computes; "auto" is the GPU where torch finds one. Raises ConfigError for none."""
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ConfigError(
+            f'model.device: "cuda", but torch {torch.__version__} finds no GPU here; install a torch built for this '
+            'machine\'s GPU, or set device = "cpu"'
+        )
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def load_bs_model(
+    split_dir: Path, manifest: Manifest, dtype: Dtype, implementation: str, device: DeviceName = "cpu"
+) -> Any:
     """The model without its experts, in eval mode, its experts modules calling the experts function `implementation`.
 
     `implementation` is a name registered with transformers' ALL_EXPERTS_FUNCTIONS. Every tensor equals that of
-    `from_pretrained` in value and dtype. Raises CheckpointError for a file that is damaged or not of this split.
+    `from_pretrained` in value and dtype. Raises CheckpointError for a file that is damaged or not of this split and
+    for a model that the GPU does not take, ConfigError for a GPU that is not there.
     """
+    where = compute_device(device)
     split_dir = Path(split_dir)
     stored = load_file(verify_file(split_dir, BS_NAME, manifest))
     verify_file(split_dir, "config.json", manifest)
@@ -41,7 +58,18 @@ def load_bs_model(split_dir: Path, manifest: Manifest, dtype: Dtype, implementat
     model.tie_weights()  # assigning broke the tie of head and embedding
     if (split_dir / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(split_dir)
-    return model.requires_grad_(False).eval()
+    return _moved(model.requires_grad_(False).eval(), where, manifest)
+
+
+def _moved(model: Any, where: torch.device, manifest: Manifest) -> Any:
+    try:
+        return model.to(where)
+    except RuntimeError as error:  # on a Jetson a full memory is not always torch's OutOfMemoryError
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{manifest.model_name}: the GPU does not take the base station's part ({reason:.200}); free its memory, "
+            'or set [model] device = "cpu"'
+        ) from error
 
 
 def _check_layers(model: Any, manifest: Manifest) -> None:

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from bs_node.blocks import Combiner, arrived, combine
+from bs_node.blocks import Combiner, Float32, arrived, combine
 from bs_node.gate import Gate
+from bs_node.gpu_rows import GpuRows, to_host
 from bs_node.model import experts_of
 from bs_node.rows import RoundTimes
 from bs_node.session import Session
@@ -52,8 +53,8 @@ def remote_experts(
     blocks = session.group(routing, selection)
     times.grouped()
 
-    hidden = as_float32(hidden_TD)
-    combiner = Combiner(blocks, selection.weight_TK, np.zeros_like(hidden))
+    hidden = rows_of(hidden_TD)
+    combiner = Combiner(blocks, selection.weight_TK, zeros_like(hidden))
     outcomes, exchange_times = session.exchange(routing, state, selection, hidden, combiner)
     times.exchanged(exchange_times)
 
@@ -61,12 +62,12 @@ def remote_experts(
     final_TK, out_TD = selection.weight_TK, combiner.out_TD
     if any(outcome.output is None for outcome in outcomes):
         final_TK = arrived_weights(selection, arrived_TK)
-        out_TD = combine(outcomes, final_TK, np.zeros_like(hidden))
+        out_TD = combine(outcomes, final_TK, zeros_like(hidden))
     times.combined(combiner.spent_ns)
+    out = given_back(out_TD, hidden, hidden_TD, times)
 
     session.finish(routing, state, selection, outcomes, arrived_TK, final_TK, times)
-    out = torch.from_numpy(out_TD)
-    return out if is_plain(hidden_TD) else out.to(hidden_TD.device, hidden_TD.dtype)
+    return out
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -77,6 +78,23 @@ def is_plain(tensor: torch.Tensor) -> bool:
 def as_float32(tensor: torch.Tensor) -> NDArray[np.float32]:
     plain = tensor if is_plain(tensor) else tensor.detach().to("cpu", torch.float32)
     return np.ascontiguousarray(plain.numpy())
+
+
+def rows_of(hidden_TD: torch.Tensor) -> Float32 | GpuRows:
+    return GpuRows(hidden_TD) if hidden_TD.is_cuda else as_float32(hidden_TD)
+
+
+def zeros_like(hidden: Float32 | GpuRows) -> Float32:
+    return hidden.zeros() if isinstance(hidden, GpuRows) else np.zeros_like(hidden)
+
+
+def given_back(out_TD: Float32, hidden: Float32 | GpuRows, hidden_TD: torch.Tensor, times: RoundTimes) -> torch.Tensor:
+    """The result where the model computes and as it does. A copy to a GPU goes on while the round is finished."""
+    if isinstance(hidden, GpuRows):
+        times.staging = hidden.staging
+        return hidden.give_back(out_TD)
+    out = torch.from_numpy(out_TD)
+    return out if is_plain(hidden_TD) else out.to(hidden_TD.device, hidden_TD.dtype)
 
 
 def gated(layer: RemoteLayer, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> Routing:
@@ -93,6 +111,8 @@ def attach(model: torch.nn.Module, manifest: Manifest, session: Session) -> None
         layer = manifest.layer_at(path)
         gate = Gate.beside(model, path)
         experts.remote = RemoteLayer(layer.index, manifest.holds_NE(layer.index), gate, session)
+        if next(model.parameters()).is_cuda:
+            experts.register_forward_pre_hook(to_host)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts)

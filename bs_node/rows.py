@@ -7,19 +7,31 @@ from dataclasses import dataclass, field
 from math import nan
 from operator import attrgetter
 from time import monotonic_ns
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bs_node.blocks import Outcome
+from bs_node.blocks import NOT_STAGED, Outcome
 from bs_node.dispatcher import ExchangeTimes
 from bs_node.tables import table
 from testbed.policies.base import BoolArray, FloatArray, Routing, Selection, State
 from testbed.policies.selection import routed
 
+if TYPE_CHECKING:
+    from bs_node.gpu_rows import Staging
+
 # Columns that lie side by side in the log travel there together: a round is written in a dozen moves.
 TIMES, SECONDS, BAND = "select_ns:clock_bound_ns", "clock_offset_s:state_row_s", "bandwidth_hz:measured_up_bits_per_s"
-OF_ROUND = ("select_ns", "group_ns", "quantise_ns", "wait_ns", "dequantise_ns", "combine_ns", "round_ns")
+OF_ROUND = (
+    "select_ns",
+    "group_ns",
+    "quantise_ns",
+    "staging_ns",
+    "wait_ns",
+    "dequantise_ns",
+    "combine_ns",
+    "round_ns",
+)
 OF_OUTCOME = (  # fields of an outcome that are columns
     "send_ns",
     "rtt_ns",
@@ -52,6 +64,7 @@ class RoundTimes:
     combine_ns: int = 0
     exchange: ExchangeTimes = field(default_factory=ExchangeTimes)
     last_ns: int = 0
+    staging: Staging | None = None  # of a model on a GPU
 
     def selected(self) -> None:
         self.last_ns = monotonic_ns()
@@ -77,9 +90,9 @@ class RoundTimes:
 
     def of_round(self) -> tuple[int, ...]:
         """In the order of OF_ROUND."""
-        exchange = self.exchange
+        exchange, staging_ns = self.exchange, NOT_STAGED if self.staging is None else self.staging.total_ns
         return (
-            self.select_ns, self.group_ns, exchange.quantise_ns, exchange.wait_ns, exchange.dequantise_ns,
+            self.select_ns, self.group_ns, exchange.quantise_ns, staging_ns, exchange.wait_ns, exchange.dequantise_ns,
             self.combine_ns, self.round_ns,
         )  # fmt: skip
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from bs_node.band import Band, BandPlan
-from bs_node.blocks import Block, Combiner, Float32, Outcome, group
-from bs_node.dispatcher import Dispatcher, ExchangeTimes, Watcher
+from bs_node.blocks import Block, Combiner, Outcome, group
+from bs_node.dispatcher import Dispatcher, ExchangeTimes, Hidden, Watcher
 from bs_node.learning import Estimates, Learning
 from bs_node.probing import Prober
 from bs_node.registry import Node
@@ -72,7 +72,7 @@ class Session:
         return replace(state, air=air, row_s_N=state.row_s_N + longer_s_N, token_s_N=state.token_s_N + longer_s_N)
 
     def exchange(
-        self, routing: Routing, state: State, selection: Selection, hidden_TD: Float32, combiner: Combiner
+        self, routing: Routing, state: State, selection: Selection, hidden_TD: Hidden, combiner: Combiner
     ) -> tuple[list[Outcome], ExchangeTimes]:
         """Have the blocks computed; add up, learn, and write the round before, while replies still come."""
 

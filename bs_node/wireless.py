@@ -9,8 +9,8 @@ from time import monotonic_ns
 import numpy as np
 from numpy.typing import NDArray
 
-from bs_node.blocks import Block, Float32, Outcome
-from bs_node.dispatcher import NOBODY, ExchangeTimes, Watcher
+from bs_node.blocks import Block, Outcome
+from bs_node.dispatcher import NOBODY, ExchangeTimes, Hidden, Watcher
 from bs_node.late import LateReplies
 from bs_node.round import EarlyEnd, Round, Transfer
 from bs_node.station import Mail, Station
@@ -83,14 +83,18 @@ class WirelessDispatcher:
         self,
         number: int,
         layer: int,
-        hidden_TD: Float32,
+        hidden_TD: Hidden,
         blocks: Sequence[Block],
         watcher: Watcher = NOBODY,
         early_end: EarlyEnd | None = None,
     ) -> tuple[list[Outcome], ExchangeTimes]:
         times = ExchangeTimes()
         started_ns = monotonic_ns()
-        rows_TB = quantise(hidden_TD, SCHEMES[self._settings.down], self._quantised, self._settings.padded_width)
+        scheme, padded_width = SCHEMES[self._settings.down], self._settings.padded_width
+        if isinstance(hidden_TD, np.ndarray):
+            rows_TB = quantise(hidden_TD, scheme, self._quantised, padded_width)
+        else:
+            rows_TB = hidden_TD.quantise(scheme, padded_width)
         times.quantise_ns = monotonic_ns() - started_ns
         width = hidden_TD.shape[1]
         current, refused = Round(self._station.run, number), False

@@ -36,6 +36,8 @@ def _run_name(value: str) -> str:
 class ModelSection(Section):
     path: Annotated[str, Field(min_length=1)] = "demo"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Where the BS computes attention, gate and lm_head. A run file means the same everywhere unless it says otherwise.
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
 
     @property
     def folder(self) -> Path:

@@ -80,7 +80,7 @@ class BaseStation:
             probe_after_s=config.estimator.probe_after_s if config.estimator.estimates == "online" else None,
             band=band,
         )
-        self.model = load_bs_model(split_dir, manifest, config.model.dtype, IMPLEMENTATION)
+        self.model = load_bs_model(split_dir, manifest, config.model.dtype, IMPLEMENTATION, config.model.device)
         attach(self.model, manifest, self.session)
         self.model.register_forward_pre_hook(self._note_phase, with_kwargs=True)
         keep_what_is_loaded()

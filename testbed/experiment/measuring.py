@@ -46,9 +46,14 @@ def _note_strength(base_station: BaseStation, index: int, prompt: int) -> None:
         base_station.recorder.event("steered", policy=index, prompt=prompt, phase=phase, **facts)
 
 
+def _token_ids(base_station: BaseStation, window: Window) -> torch.Tensor:
+    """(1, T), where the model is."""
+    return torch.tensor([window.token_ids], device=base_station.model.device)
+
+
 def _score(base_station: BaseStation, window: Window) -> dict[str, Any]:
     """How well the model predicts each next token of the window."""
-    token_ids = torch.tensor([window.token_ids])
+    token_ids = _token_ids(base_station, window)
     logits_TV = base_station.model(input_ids=token_ids[:, :-1], use_cache=False).logits[0].float()
     base_station.session.settle()
     target_T = token_ids[0, 1:]
@@ -61,7 +66,7 @@ def _score(base_station: BaseStation, window: Window) -> dict[str, Any]:
 
 def _continue(base_station: BaseStation, window: Window, new_tokens: int) -> dict[str, Any]:
     """A greedy continuation with the KV cache, and when each of its tokens was there."""
-    token_ids = torch.tensor([window.token_ids])
+    token_ids = _token_ids(base_station, window)
     stamps = TokenStamps()
     generated = base_station.model.generate(
         token_ids,

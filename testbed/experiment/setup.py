@@ -49,6 +49,10 @@ def standing_testbed(
     Raises WdmoeError for what a user can mend.
     """
     make_channel(config)  # what is wrong with a trace is told before anything is made
+    if config.model.device == "cuda":
+        from bs_node.model import compute_device  # torch is slow to load
+
+        compute_device("cuda")
     split_dir, manifest = split_model(config)
     run_dir = new_run_directory(out or config.log.directory, config.name)
     write_config(run_dir, config_path.read_text())

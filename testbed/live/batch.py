@@ -80,7 +80,7 @@ class Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        return result.logits[:, -1]
+        return result.logits[:, -1].cpu()  # from a GPU in one copy, and when it is there the step is done
 
     @staticmethod
     def _position_ids(mask_BS: Any) -> Any:

@@ -2,7 +2,7 @@
 
 >>> with live_model(config, config_path=file, out=None, insecure=False) as live:
 ...     live.begin_prompt(continued=True)
-...     live.model.generate(**live.tokenizer("def ", return_tensors="pt"))
+...     live.model.generate(**live.tokenizer("def ", return_tensors="pt").to(live.model.device))
 ...     live.settle()
 """
 

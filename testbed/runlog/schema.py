@@ -164,6 +164,11 @@ ROUND_COLUMNS = (
     _duration("select_ns", "the policy's choice; of the round, the same in every device's row"),
     _duration("group_ns", "rows gathered per node; of the round"),
     _duration("quantise_ns", "rows quantised at the BS; of the round"),
+    _duration(
+        "staging_ns",
+        "copies between host and GPU at the BS: the rows', part of quantise_ns, and the result's, after the round; "
+        "of the round; null where the model is on no GPU",
+    ),
     _duration("wait_ns", "BS waiting for replies; of the round"),
     _duration("dequantise_ns", "replies dequantised at the BS; of the round"),
     _duration("combine_ns", "weighted sum (Eq. 1); of the round"),

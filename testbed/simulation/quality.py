@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bs_node.blocks import Block, Float32, Outcome
-from bs_node.dispatcher import NOBODY, ExchangeTimes, InProcessDispatcher, LocalExperts, Watcher
+from bs_node.dispatcher import NOBODY, ExchangeTimes, Hidden, InProcessDispatcher, LocalExperts, Watcher
 from bs_node.model import load_bs_model
 from bs_node.registry import Node
 from bs_node.remote_experts import IMPLEMENTATION, attach
@@ -141,7 +141,7 @@ class TimedDispatcher(InProcessDispatcher):
         self,
         number: int,
         layer: int,
-        hidden_TD: Float32,
+        hidden_TD: Hidden,
         blocks: Sequence[Block],
         watcher: Watcher = NOBODY,
         early_end: EarlyEnd | None = None,

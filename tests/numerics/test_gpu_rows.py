@@ -149,7 +149,7 @@ def test_a_node_is_sent_the_same_bytes_wherever_they_were_quantised(
     scheme: Any, padded_width: int, stand_in: Any
 ) -> None:
     token_R = np.array([4, 0, 2])
-    blocks = [Block(device, token_R + device % 1, np.zeros(3, np.int64), [(device, 3)]) for device in (0, 1)]
+    blocks = [Block(device, token_R, np.zeros(3, np.int64), [(device, 3)]) for device in (0, 1)]
     sent = []
     for hidden in (random_rows().numpy(), gpu_rows.GpuRows(random_rows())):
         station: Any = DeafStation()

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from spread_columns import NAMES, spread
 from bs_node.blocks import Block, Combiner, Outcome, arrived
 from bs_node.dispatcher import ExchangeTimes, InProcessDispatcher
 from bs_node.registry import Node
-from bs_node.rows import BAND, OF_OUTCOME, Finished, RoundTimes, Rows, orphaned
+from bs_node.rows import BAND, OF_OUTCOME, OF_ROUND, Finished, RoundTimes, Rows, orphaned
 from bs_node.session import Session
 from testbed.latency.estimator import Estimator, Prediction
 from testbed.policies.base import DROPPED, Routing, Selection, State
@@ -106,8 +107,7 @@ def test_scores_are_left_out_where_they_are_not_kept_or_the_gate_gives_none() ->
 
 def test_what_is_known_of_a_block_stands_in_its_devices_row() -> None:
     rounds, _ = of(finished(answered_by(1)))
-    of_the_round = {"select_ns", "group_ns", "quantise_ns", "wait_ns", "dequantise_ns", "combine_ns", "round_ns"}
-    found = {name: rounds[name][1] for name in rounds if np.ndim(rounds[name]) and name not in of_the_round}
+    found = {name: rounds[name][1] for name in rounds if np.ndim(rounds[name]) and name not in OF_ROUND}
     expected = {
         "status": Status.ANSWERED, "rows": TOKENS, "experts_touched": 1,
         "bytes_down": 10, "bytes_up": 11, "parts_down": 12, "parts_up": 13, "send_ns": 14,
@@ -127,10 +127,17 @@ def test_what_is_known_of_a_block_stands_in_its_devices_row() -> None:
 def test_the_times_of_the_round_stand_in_every_row() -> None:
     rounds, _ = of(finished(answered_by(0)))
     expected = {
-        "select_ns": 1, "group_ns": 2, "combine_ns": 3, "quantise_ns": 4, "wait_ns": 6, "dequantise_ns": 7,
-        "round_ns": 500,
+        "select_ns": 1, "group_ns": 2, "combine_ns": 3, "quantise_ns": 4, "staging_ns": -1, "wait_ns": 6,
+        "dequantise_ns": 7, "round_ns": 500,
     }  # fmt: skip
     assert {name: rounds[name].tolist() for name in expected} == {name: [ns] * DEVICES for name, ns in expected.items()}
+
+
+def test_copies_between_host_and_gpu_are_told_where_there_were_any() -> None:
+    done = finished(answered_by(0))
+    done.times.staging = SimpleNamespace(total_ns=12)  # type: ignore[assignment]
+    rounds, _ = of(done)
+    assert rounds["staging_ns"].tolist() == [12] * DEVICES
 
 
 TIMES = OF_OUTCOME
