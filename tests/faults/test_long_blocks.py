@@ -10,7 +10,6 @@ from threading import Event, Thread, Timer
 from typing import Any
 
 import numpy as np
-import pytest
 from processes import until
 from rack import SILENCE_S, base_station, rack
 from splits import DEVICES, write_split
@@ -27,8 +26,6 @@ from testbed.runlog.schema import Status
 from testbed.wire.keys import read_pair, read_public
 from testbed.wire.messages import PROTOCOL_VERSION, Hello
 from testbed.wire.sockets import NodeSocket
-
-pytestmark = pytest.mark.measured
 
 SPEC = FfnSpec(width=8, inner=8, has_gate=True, act="silu")
 ANNOUNCED_S = 2.0

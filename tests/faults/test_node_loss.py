@@ -22,7 +22,7 @@ from splits import DEVICES, write_split
 from testbed.checkpoint.ffn import FfnSpec
 from testbed.runlog.schema import Status
 
-pytestmark = [pytest.mark.torch, pytest.mark.measured]
+pytestmark = [pytest.mark.torch]
 
 # fp32, so that one row is more bytes than all of ZeroMQ's pings to a node that does not read them.
 WORK = """

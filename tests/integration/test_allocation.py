@@ -23,7 +23,7 @@ from testbed.policies.base import Air, State
 from testbed.runlog.reader import read_events, read_manifest, read_table
 from testbed.runlog.schema import GenerationPhase
 
-pytestmark = [pytest.mark.torch, pytest.mark.measured]
+pytestmark = [pytest.mark.torch]
 
 BAND_HZ, ROW_BITS = 100e6, 8 * 4100  # int8 rows of 4096 with their scale
 SPEEDS = ("20e12", "10e12", "6e12", "4e12", "2.5e12", "1.6e12", "1e12", "0.6e12")

@@ -21,7 +21,7 @@ from testbed.experiment.truth import LinkTruth, link_truth
 from testbed.runlog.reader import read_events, read_manifest, read_table
 from testbed.runlog.schema import GenerationPhase
 
-pytestmark = [pytest.mark.torch, pytest.mark.measured]
+pytestmark = [pytest.mark.torch]
 
 SPEEDS = ("20e12", "10e12", "6e12", "4e12", "2.5e12", "1.6e12", "1e12", "0.6e12")
 DEVICES = [f"emulated_flops_per_s = {speed}\ndistance_m = {60 + 50 * i}.0" for i, speed in enumerate(SPEEDS)]

@@ -28,8 +28,6 @@ from testbed.errors import ConfigError, RunLogError, WdmoeError
 from testbed.wire.keys import KeyPair, make_pair
 from testbed.wire.sockets import AllowList, NodeSocket, StationSocket
 
-pytestmark = pytest.mark.measured
-
 HOST = "127.0.0.1"
 DEADLINE_S = 20.0
 DEVICES = ["near", "far"]

@@ -25,8 +25,6 @@ from testbed.errors import ConfigError
 from testbed.wire.keys import KeyPair, make_pair
 from testbed.wire.sockets import AllowList, NodeSocket, StationSocket
 
-pytestmark = pytest.mark.measured
-
 REASON = missing()
 in_kernel = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 DEADLINE_S = 20.0

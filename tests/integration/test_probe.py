@@ -15,7 +15,7 @@ from processes import TESTBED, run_file, started
 
 from testbed.runlog.reader import read_events
 
-pytestmark = [pytest.mark.torch, pytest.mark.measured]
+pytestmark = [pytest.mark.torch]
 
 SETTING = """
 [radio]

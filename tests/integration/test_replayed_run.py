@@ -15,7 +15,7 @@ from processes import TESTBED, run, run_file
 
 from testbed.cli import main
 
-pytestmark = [pytest.mark.torch, pytest.mark.measured]
+pytestmark = [pytest.mark.torch]
 
 SPEEDS = ("4e12", "2e12", "1e12", "0.7e12")
 DEVICES = [f"emulated_flops_per_s = {speed}\ndistance_m = {60 + 80 * i}.0" for i, speed in enumerate(SPEEDS)]

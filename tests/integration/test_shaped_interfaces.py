@@ -32,8 +32,6 @@ from testbed.errors import ConfigError
 from testbed.shaping import DownlinkShaper, UplinkShaper
 from testbed.wire.sockets import StationSocket
 
-pytestmark = pytest.mark.measured
-
 REASON = missing_for_namespaces()
 in_kernel = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 DEADLINE_S = 20.0

@@ -18,7 +18,7 @@ from testbed.config import load_run_file
 from testbed.errors import ConfigError
 from testbed.simulation.simulate import default_draws, simulate
 
-pytestmark = [pytest.mark.torch, pytest.mark.measured]
+pytestmark = [pytest.mark.torch]
 
 DEVICES = [f"emulated_flops_per_s = {speed}\ndistance_m = {far}" for speed, far in (("6e12", 60.0), ("1e12", 250.0))]
 SETTING = """

@@ -11,7 +11,6 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from rack import HOST, Rack, rack
 from splits import write_split
@@ -20,8 +19,6 @@ from bs_node.blocks import Block, group
 from jetson_node.experts import ffn_numpy
 from testbed.checkpoint.ffn import FfnSpec
 from testbed.runlog.schema import Status
-
-pytestmark = pytest.mark.measured
 
 BYTES_PER_S = 2e6 / 8  # 2 Mbit/s each way
 PIECE_BYTES, ROOM_BYTES = 8192, 65536

@@ -16,7 +16,7 @@ from processes import TESTBED, run_file, started
 
 from testbed.runlog.reader import read_table
 
-pytestmark = [pytest.mark.torch, pytest.mark.measured]
+pytestmark = [pytest.mark.torch]
 
 SLOW, THROTTLED_FROM, RECOVERED_AT, PROMPTS = 1, 4, 8, 14
 SETTING = f"""
