@@ -125,7 +125,7 @@ show() {{
 
 case $1 in
     --show) show ;;
-    --store) show > "${{2:-/root/.jetsonclocks_conf.txt}}" ;;
+    --store) show > "${{2:-$HOME/.jetsonclocks_conf.txt}}" ;;
     --restore) rm -f "$STATE" ;;
     "") : > "$STATE" ;;
     *) echo "Error: option $1 is not known to this stand-in"; exit 1 ;;
