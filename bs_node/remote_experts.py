@@ -85,7 +85,7 @@ def rows_of(hidden_TD: torch.Tensor) -> Float32 | GpuRows:
 
 
 def zeros_like(hidden: Float32 | GpuRows) -> Float32:
-    return hidden.zeros() if isinstance(hidden, GpuRows) else np.zeros_like(hidden)
+    return hidden.zeros() if isinstance(hidden, GpuRows) else np.zeros(hidden.shape, np.float32)
 
 
 def given_back(out_TD: Float32, hidden: Float32 | GpuRows, hidden_TD: torch.Tensor, times: RoundTimes) -> torch.Tensor:

@@ -56,7 +56,7 @@ class Transfer:
         if on_its_way_bytes and on_its_way_bytes + count * row_bytes > self._window_bytes:
             return None
         payload_RB = self._payload_room.take(count, row_bytes)
-        np.take(self._rows_TB, self.outcome.block.token_R[rows], 0, payload_RB, "clip")  # "raise" would copy twice
+        self._rows_TB.take(self.outcome.block.token_R[rows], 0, payload_RB, "clip")  # "raise" would copy twice
         return encode(replace(request, part=number) if number else request), payload_RB
 
     def part_sent(self, header_bytes: int, payload_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import monotonic_ns
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from testbed.policies.steering import Steered
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase, Status
 
-QUICK_NS = 5_000_000  # a lesson of a round trip below this may wait for the next round: it is no older for it
+QUICK_NS = 5_000_000  # so long lessons and rows of quick rounds may wait: many at once cost half as much
 SHARES_SUM_WITHIN = 1e-6
 ROWS_AT_JOIN = (1, 8)  # two sizes: one alone cannot tell a block's cost from its rows'
 
@@ -55,8 +56,9 @@ class Session:
         self._learning, self._nodes, self._recorder = Learning(estimates, nodes), nodes, recorder
         self._fail_on_orphans, self._probe_after_s = fail_on_orphans, probe_after_s
         self._rows = Rows(len(nodes), keep_scores)
-        self._unwritten: Finished | None = None
+        self._unwritten: list[Finished] = []
         self._still_to_learn: list[Outcome] = []
+        self._settle_ns = 0  # when to, on the monotonic clock
 
     def state(self) -> State:
         """What the policy may know now."""
@@ -89,7 +91,7 @@ class Session:
             early_end = EarlyEnd(selection.deadline, self.dispatcher.dilation, blocks, len(hidden_TD))
         if self._probe_after_s is not None:
             self._probe_the_unused(routing, state, blocks, hidden_TD.shape[1], self._probe_after_s)
-        watcher = Watcher(self.settle, answered)
+        watcher = Watcher(self._settle_in_time, answered)
         return self.dispatcher.exchange(
             self.rounds, routing.layer, hidden_TD, blocks, watcher=watcher, early_end=early_end
         )
@@ -184,7 +186,9 @@ class Session:
                 "node_boot": [2**64 - 1 if node.boot_id is None else node.boot_id for node in self._nodes],
             }
             asked_3N = None if self.band is None or state.air is None else self.band.asked(state.air)
-            self._unwritten = Finished(keys, routing, state, selection, outcomes, arrived_TK, final_TK, times, asked_3N)
+            self._unwritten.append(
+                Finished(keys, routing, state, selection, outcomes, arrived_TK, final_TK, times, asked_3N)
+            )
         self.rounds += 1
         self.on_round()
         if isinstance(self.policy, Steered):
@@ -198,10 +202,16 @@ class Session:
             )
 
     def settle(self) -> None:
-        """Learn what could wait and write the last round's rows. A round does so once it has sent its own requests."""
+        """Learn what could wait and write the rows of the rounds until now."""
         self._learning.answered(self._still_to_learn)
         self._still_to_learn.clear()
-        if self._recorder is None or self._unwritten is None:
-            return
-        done, self._unwritten = self._unwritten, None
-        self._recorder.record_round(*self._rows.of(done))
+        unwritten, self._unwritten = self._unwritten, []
+        self._settle_ns = monotonic_ns() + QUICK_NS
+        if self._recorder is not None:
+            for done in unwritten:
+                self._recorder.record_round(*self._rows.of(done))
+
+    def _settle_in_time(self) -> None:
+        """A round asks for it once it has sent its own requests: the nodes work meanwhile."""
+        if monotonic_ns() >= self._settle_ns:
+            self.settle()

@@ -99,9 +99,9 @@ class WirelessDispatcher:
         width = hidden_TD.shape[1]
         current, refused = Round(self._station.run, number), False
         self._station.gone.clear()
-        for block in blocks:  # the first computes while the last is sent to
-            transfer = self._transfer(block, rows_TB, number, layer, width)
-            current.add(transfer)
+        for block in blocks:
+            current.add(self._transfer(block, rows_TB, number, layer, width))
+        for transfer in current.transfers.values():  # the first computes while the last is sent to
             refused |= self._send_to(transfer, times)
         deadline_ns = started_ns + int(self._settings.reply_s * 1e9)
         self._carry_out(current, refused, times, deadline_ns, watcher, early_end)

@@ -155,11 +155,11 @@ def _check_row(refused: int, rows: int, scheme: Scheme) -> None:
 
 
 def _as_rows(payload: bytes | memoryview, rows: int, on_wire: int, scheme: Scheme) -> NDArray[Any]:
-    values = np.frombuffer(payload, _DTYPE_OF[scheme.name])
-    return values.reshape(rows, scheme.row_bytes(on_wire) // values.itemsize)
+    dtype = _DTYPE_OF[scheme.name]
+    return np.ndarray((rows, scheme.row_bytes(on_wire) // dtype.itemsize), dtype, payload)
 
 
-_DTYPE_OF = {"int8": np.uint8, "fp16": np.uint16, "bf16": np.uint16, "fp32": np.float32}
+_DTYPE_OF = {name: np.dtype(kind) for name, kind in (("int8", "u1"), ("fp16", "<u2"), ("bf16", "<u2"), ("fp32", "<f4"))}
 _DECODE: Mapping[str, Callable[..., int]] = {
     "int8": kernels.decode_int8,
     "fp16": kernels.decode_fp16,
