@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.errors import ConfigError, MessageError
-from testbed.wire import kernels
+from testbed.wire import kernels, reply_kernels
 from testbed.wire.kept import KeptRows
 from testbed.wire.kernels import SCALE_BYTES
 
@@ -130,12 +130,12 @@ def received(payload: bytes | memoryview, rows: int, width: int, scheme: Scheme,
     _check_length(payload, rows, on_wire, scheme)
     encoded_R = _as_rows(payload, rows, on_wire, scheme)
     if scheme.name == "int8":
-        refused = kernels.check_int8(encoded_R)
+        refused = reply_kernels.check_int8(encoded_R)
     elif scheme.name == "fp32":
-        refused = kernels.check_32_bits(encoded_R, width)
+        refused = reply_kernels.check_32_bits(encoded_R, width)
     else:
         infinity = kernels.HALF_INFINITY if scheme.name == "fp16" else kernels.BFLOAT_INFINITY
-        refused = kernels.check_16_bits(encoded_R, width, infinity)
+        refused = reply_kernels.check_16_bits(encoded_R, width, infinity)
     _check_row(refused, rows, scheme)
     return encoded_R
 
@@ -167,10 +167,10 @@ _DECODE: Mapping[str, Callable[..., int]] = {
     "fp32": kernels.decode_fp32,
 }
 _ADD: Mapping[str, Callable[..., int]] = {
-    "int8": kernels.add_int8,
-    "fp16": kernels.add_fp16,
-    "bf16": kernels.add_bf16,
-    "fp32": kernels.add_fp32,
+    "int8": reply_kernels.add_int8,
+    "fp16": reply_kernels.add_fp16,
+    "bf16": reply_kernels.add_bf16,
+    "fp32": reply_kernels.add_fp32,
 }
 
 
