@@ -15,6 +15,8 @@ BUSY := in real time a busy machine breaks bounds: what failed is run once more
 BIN := .venv/bin
 READY := .venv/.ready
 READY310 := .venv310/.ready
+READY_ANSIBLE := .venv/.ready-ansible
+RACK := $(BIN)/testbed rack
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: run test check test-browser test-310 provisioning bench demo-model clean
@@ -36,9 +38,11 @@ check: $(READY)  ## style, types, who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-provisioning: $(READY)  ## a rack of virtual boards, as root: debootstrap, systemd-container, nftables, openssh-client
-	$(BIN)/testbed rack up --nodes 1 && $(BIN)/testbed rack down
-	$(BIN)/python -m pytest -q -m provisioning
+provisioning: $(READY)  ## virtual boards from bare to a run and back, as root: some minutes, and one more the first time
+	$(RACK) down --name probe && $(RACK) up --nodes 1 --name probe && $(RACK) down --name probe
+	@$(MAKE) --no-print-directory $(READY_ANSIBLE)
+	$(BIN)/python -m pytest -q tests/unit/test_ansible_playbooks.py
+	$(BIN)/python -m pytest -v --durations=0 --durations-min=1 -m provisioning tests/integration
 
 bench: $(READY)  ## speed, as ratios within one run
 	$(BIN)/python benchmarks/codec.py
@@ -62,6 +66,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bs,serve,eval,dev]"
 	$(BIN)/python -c "import bs_node.blocks, bs_node.learning, testbed.policies.joint, testbed.wire.quantization"  # compiles their loops, once
+	touch $@
+
+$(READY_ANSIBLE): pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[provisioning]" || \
+		{ echo "make provisioning: Ansible is missing: $(BIN)/pip install --constraint constraints.txt -e '.[provisioning]'"; exit 1; }
 	touch $@
 
 ifeq ($(PYTHON310),)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import signal
 import subprocess
 import tarfile
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 from processes import TESTBED
+from runs_on_boards import write_run_file
 
 from testbed.fleet.inventory import Board, Inventory, read_inventory
 from testbed.fleet.rack_root import BASES, root_folder
@@ -21,29 +26,7 @@ from testbed.fleet.rack_system import missing
 from testbed.fleet.remote import ask, ssh_command
 from testbed.wire.keys import make_run_keys
 
-COMMAND_S = 120.0
-RUN_FILE = """
-name = "rack"
-[workload]
-score_prompts = 3
-score_tokens = 32
-generate_prompts = {generated}
-new_tokens = 100
-[fleet]
-keys = "{keys}"
-[timeouts]
-join_s = 60.0
-reply_s = 3.0
-[on_loss]
-invalid_above = 1.0
-[[device]]
-name = "taken-from-the-inventory"
-[[policy]]
-name = "topk"
-[[policy]]
-name = "wlr"
-theta = 0.2
-"""
+COMMAND_S = 300.0
 UNIT = """[Unit]
 Description=Experts of {name}
 StartLimitIntervalSec=0
@@ -65,6 +48,32 @@ def why_not() -> str | None:
     if reason is None and not root_folder(BASES["debian"]).is_dir():
         return "the root of virtual boards is not built: testbed rack up --nodes 1 && testbed rack down"
     return reason
+
+
+@contextmanager
+def only_one() -> Iterator[None]:
+    """Racks of tests have the same name each time, so that one that was killed is cleaned up by the next."""
+    with (Path(tempfile.gettempdir()) / "wdmoe-rack-tests.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise AssertionError("tests of virtual racks are under way already: wait for them") from None
+        yield
+
+
+@contextmanager
+def rack_up(testbed: Testbed, inventory: Path, *arguments: str) -> Iterator[dict[str, Any]]:
+    """A rack, of which nothing is left in the end, whoever ends it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with only_one():
+        testbed.on_rack("down")
+        try:
+            yield testbed.on_rack("up", "--inventory", str(inventory), *arguments)
+        finally:
+            testbed.on_rack("down")
+            signal.signal(signal.SIGTERM, before)
+        assert left_of(testbed.rack, testbed.state) == {}
+        assert not inventory.exists()
 
 
 @dataclass(frozen=True)
@@ -111,12 +120,6 @@ def put_nodes(testbed: Testbed, inventory_file: Path, folder: Path) -> Path:
     split = Path(testbed.json("fleet", "split", run_file, "--inventory", inventory_file)["folder"])
     for board in inventory.boards:
         _send(board, _what_it_needs(board, inventory, split, folder / "keys" / board.name))
-    return run_file
-
-
-def write_run_file(folder: Path, *, generated: int) -> Path:
-    run_file = folder / f"rack-{generated}.toml"
-    run_file.write_text(RUN_FILE.format(keys=folder / "keys", generated=generated))
     return run_file
 
 

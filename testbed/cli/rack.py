@@ -35,7 +35,10 @@ class BaseName(str, Enum):
 def up(
     nodes: Annotated[int, typer.Option(help="How many boards.")] = 4,
     rate_mbit: Annotated[
-        float | None, typer.Option("--rate-mbit", help="Limit every link to so many Mbit/s of payload, each way.")
+        float | None,
+        typer.Option(
+            "--rate-mbit", help="Limit every link to so many Mbit/s of payload, each way; no delay, which needs netem."
+        ),
     ] = None,
     base: Annotated[
         BaseName, typer.Option(help="Debian 12, or Ubuntu 22.04 (JetPack 6's; not run by the tests).")

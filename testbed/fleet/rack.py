@@ -26,7 +26,6 @@ from testbed.fleet.rack_plan import RackPlan, refuse_foreign, require_sense
 from testbed.fleet.rack_root import (
     BASES,
     COMPILED,
-    WHEELS,
     base_root,
     compiled_loops,
     own_sources,
@@ -174,7 +173,7 @@ class Rack:
         """Remove all of it, whatever state it is in. Returns whether anything was there."""
         require_means()
         with self._alone():
-            there = self.plan is not None or bridge_exists(self.name)
+            there = self.folder.exists() or bridge_exists(self.name)
             self._remove(say)
         return there
 
@@ -208,14 +207,11 @@ class Rack:
 
 def _layers(base: str, bare: bool, say: Say, mirror: str | None, keyring: Path | None) -> Layers:
     root = base_root(BASES[base], say, mirror, keyring)
-    wheels = wheelhouse(BASES[base], say)
-    arguments = [f"--bind-ro={wheels}:{WHEELS}"]
     if bare:
-        return Layers((root,), tuple(arguments))
-    layer = runtime_layer(BASES[base], root, wheels, say)
-    arguments += [f"--bind-ro={where}:{seen}" for where, seen in own_sources().items()]
-    arguments += [f"--bind={compiled_loops(layer)}:{COMPILED}"]
-    return Layers((layer, root), tuple(arguments))
+        return Layers((root,), ())
+    layer = runtime_layer(BASES[base], root, wheelhouse(BASES[base], say), say)
+    arguments = [f"--bind-ro={where}:{seen}" for where, seen in own_sources().items()]
+    return Layers((layer, root), (*arguments, f"--bind={compiled_loops(layer)}:{COMPILED}"))
 
 
 def status(devices: Sequence[RackDevice]) -> list[dict[str, Any]]:

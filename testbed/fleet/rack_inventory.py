@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from testbed.errors import ConfigError
 from testbed.fleet.rack_device import RackDevice
 from testbed.fleet.rack_network import RackNetwork
-from testbed.fleet.rack_root import USER, VENV, WHEELS
+from testbed.fleet.rack_root import USER, VENV
 
 if TYPE_CHECKING:
     from testbed.fleet.rack import Rack
@@ -30,7 +30,6 @@ all:
     wdmoe_bs_port: {port}
     wdmoe_virtual: true
     wdmoe_links: {links}
-    wdmoe_wheels: {wheels}
 {environment}  children:
     jetsons:
       hosts:
@@ -53,7 +52,6 @@ def inventory_text(rack: Rack, network: RackNetwork, devices: Sequence[RackDevic
         ssh=rack.folder / "ssh",
         station=network.station_address,
         port=STATION_PORT,
-        wheels=WHEELS,
         links=links(plan.rate_mbit_per_s),
         environment="" if plan.bare else f"    wdmoe_python: {VENV}/bin/python\n",
         hosts="".join(f"        {d.name}:\n          ansible_host: {d.address}\n" for d in devices),

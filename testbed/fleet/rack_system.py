@@ -21,6 +21,7 @@ PACKAGE_OF = {
 CAPABILITIES = 1 << 12 | 1 << 21  # CAP_NET_ADMIN, CAP_SYS_ADMIN
 V1_CONTROLLERS = ("name=systemd", "cpu", "pids")  # those that systemd-nspawn wants to be in, where cgroups are v1
 TOOL_ENDS_WITHIN_S = 30.0
+REMOVED_WITHIN_S = 600.0  # some gigabytes of small files, on a disk that others use
 KILLED_WITHIN_S = 20.0
 
 
@@ -72,17 +73,17 @@ def mounted_below(folder: Path) -> list[Path]:
     return sorted((point for point in points if point.is_relative_to(folder)), key=lambda p: -len(p.parts))
 
 
-def tool(*command: str | Path, lines: Sequence[str] | None = None) -> str:
+def tool(*command: str | Path, lines: Sequence[str] | None = None, within_s: float = TOOL_ENDS_WITHIN_S) -> str:
     """Run a tool of the system and return what it prints; `lines` are its input. Raises ConfigError in its words."""
     given = None if lines is None else "\n".join(lines) + "\n"
     words = [str(word) for word in command]
     try:
         done = subprocess.run(
             words, input=given, stdin=subprocess.DEVNULL if given is None else None, capture_output=True, text=True,
-            check=False, timeout=TOOL_ENDS_WITHIN_S, start_new_session=True,
+            check=False, timeout=within_s, start_new_session=True,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"testbed rack: {' '.join(words)}: no end within {TOOL_ENDS_WITHIN_S:g} s") from None
+        raise ConfigError(f"testbed rack: {' '.join(words)}: no end within {within_s:g} s") from None
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or "no reason given"
         raise ConfigError(f"testbed rack: {' '.join(words)}: {said[:400]}; testbed rack down cleans up")
@@ -94,7 +95,7 @@ def remove_tree(folder: Path) -> None:
     for point in mounted_below(folder):
         tool("umount", point)
     if folder.exists():
-        tool("rm", "-rf", "--one-file-system", "--", folder)
+        tool("rm", "-rf", "--one-file-system", "--", folder, within_s=REMOVED_WITHIN_S)
 
 
 class DeviceCgroup:

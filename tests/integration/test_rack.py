@@ -1,11 +1,9 @@
-"""A virtual rack boots, runs a testbed over real ssh, systemd and sockets, survives faults, leaves nothing behind."""
+"""A virtual rack boots, runs a testbed over real ssh, systemd and sockets, leaves nothing behind."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 
 from processes import until
-from virtual_rack import Testbed, left_of, on_board, put_nodes, why_not, write_run_file
+from virtual_rack import Testbed, left_of, on_board, put_nodes, rack_up, why_not
 
 from testbed.fleet.inventory import Inventory, read_inventory
 from testbed.runlog.reader import read_events
@@ -31,8 +29,8 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
-NAME = f"t{os.getpid() % 10**6}"
-DEVICES = ["jetson-0", "jetson-1", "jetson-2"]
+NAME = "tested"
+DEVICES = ["jetson-0", "jetson-1"]
 
 
 class Rack(NamedTuple):
@@ -47,32 +45,14 @@ class Rack(NamedTuple):
 def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
     folder = tmp_path_factory.mktemp("rack")
     testbed, file = Testbed(folder / "state", NAME), folder / "rack.yml"
-    try:
-        said = testbed.on_rack("up", "--nodes", str(len(DEVICES)), "--rate-mbit", "50", "--inventory", str(file))
+    with rack_up(testbed, file, "--nodes", str(len(DEVICES)), "--rate-mbit", "50") as said:
         assert said["devices"] == DEVICES
         run_file = put_nodes(testbed, file, folder)
         yield Rack(testbed, file, read_inventory(file), folder, run_file)
-    finally:
-        testbed.run("rack", "down", "--name", NAME)
-    assert left_of(NAME, testbed.state) == {}
-    assert not file.exists()
-
-
-def running(rack: Rack, generated: int) -> tuple[subprocess.Popen[str], Path]:
-    """A run under way, and its folder once the first policy has scored a prompt."""
-    run_file = write_run_file(rack.folder, generated=generated)
-    out = rack.folder / f"logs-{generated}"
-    process = rack.testbed.start("run", run_file, "--inventory", rack.file, "--out", out, "--json")
-
-    def begun() -> Path | None:
-        assert process.poll() is None, process.communicate()
-        return next((path.parent for path in out.glob("*/events.jsonl") if '"scored"' in path.read_text()), None)
-
-    return process, until(begun, 90, "a prompt scored")
 
 
 def test_boards_look_like_a_jetson_to_programs(rack: Rack) -> None:
-    board = rack.inventory.boards[0]
+    board = rack.inventory.boards[1]
     assert "R36 (release), REVISION: 4.4" in on_board(board, "cat /etc/nv_tegra_release")
     assert on_board(board, "/usr/sbin/nvpmodel -q").splitlines() == ["NV Power Mode: 25W", "1"]
     preflight = json.loads(
@@ -124,32 +104,6 @@ def test_a_run_over_the_rack_gives_a_row_per_policy_and_an_event_per_board(rack:
         assert event["hottest_c"] == pytest.approx(50.531)
     status = rack.testbed.run("fleet", "status", "--inventory", rack.file)
     assert status.returncode == 0, status.stdout
-
-
-def test_a_board_that_hangs_loses_its_link_or_its_power_is_survived_and_used_again(rack: Rack) -> None:
-    process, run_dir = running(rack, generated=60)
-    broken = {"freeze": "jetson-0", "cut": "jetson-1", "kill": "jetson-2"}
-
-    def joins(device: str) -> int:
-        events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-        return sum(e["kind"] in ("node_joined", "node_heard_again") and e["device"] == device for e in events)
-
-    def lost(device: str) -> bool:
-        text = (run_dir / "events.jsonl").read_text().splitlines()
-        return any(e["kind"] == "node_lost" and e["device"] == device for e in map(json.loads, text))
-
-    try:
-        for fault, mending in (("freeze", "thaw"), ("cut", "mend"), ("kill", "reboot")):
-            device = broken[fault]
-            before = joins(device)
-            rack.testbed.on_rack(fault, device)
-            until(lambda device=device: lost(device), 30, f"{device} lost after {fault}")
-            rack.testbed.on_rack(mending, device)
-            until(lambda device=device, before=before: joins(device) > before, 60, f"{device} back after {mending}")
-            assert process.poll() is None, process.communicate()
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
 
 
 def test_a_rack_that_was_killed_while_it_came_up_is_removed_whole(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -97,3 +98,19 @@ def test_a_wheel_that_cannot_be_had_is_one_line_and_no_success(source: Path) -> 
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_no_index_is_asked_where_every_wheel_is_there_and_a_damaged_one_is_fetched_again(
+    wheelhouse: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel, lock = tmp_path / "numpy-2.4.6-cp311.whl", tmp_path / "cpu-cp311-x86_64.txt"
+    wheel.write_bytes(b"a wheel")
+    lock.write_text(f"numpy==2.4.6 --hash=sha256:{hashlib.sha256(b'a wheel').hexdigest()}\n")
+    asked: list[str] = []
+    monkeypatch.setattr(wheelhouse, "pip", lambda *arguments: asked.append(arguments[0]))
+    wheelhouse.fetch(lock, {}, lock.stem, tmp_path)
+    assert asked == []
+    wheel.write_bytes(b"half a whe")
+    wheelhouse.fetch(lock, {}, lock.stem, tmp_path)
+    assert asked == ["download"]
+    assert not wheel.exists()
