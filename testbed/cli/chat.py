@@ -72,7 +72,7 @@ def command(
 
 def _converse(live: LiveModel, sampling: Sampling, start: list[Turn], *, as_json: bool) -> None:
     from testbed.cli.output import console, print_json_line
-    from testbed.errors import ConfigError
+    from testbed.errors import WdmoeError
     from testbed.live.engine import Engine
     from testbed.live.terminal import Interrupts, Lines
 
@@ -87,7 +87,9 @@ def _converse(live: LiveModel, sampling: Sampling, start: list[Turn], *, as_json
             asked: Turn = {"role": "user", "content": line}
             try:
                 text, facts = _answer(live, engine, sampling, [*turns, asked], interrupts, as_json=as_json)
-            except ConfigError as error:  # it has become too long, or the template refuses it
+            except WdmoeError as error:  # it has become too long, the template refuses it, or nodes are gone
+                if not lines.interactive:
+                    raise
                 told.print(f"error: {error}; /new forgets the conversation", style="red", soft_wrap=True)
                 continue
             turns += [asked, {"role": "assistant", "content": text}]
@@ -100,23 +102,23 @@ def _answer(
 ) -> tuple[str, dict[str, object]]:
     """Say it token by token, and how long it took. Ctrl-C ends it; what was said until then counts."""
     from testbed.cli.output import console
-    from testbed.live.engine import Continuation
+    from testbed.live.continuation import Continuation
     from testbed.live.figures import measured
     from testbed.live.prompting import chat_token_ids
-    from testbed.live.text import TextStream
+    from testbed.live.text import Listener
 
-    shown, said = TextStream(live.tokenizer), []
-
-    def tell(token_id: int | None) -> None:
-        said.append(shown.rest() if token_id is None else shown.add(token_id))
+    def show(piece: str) -> None:
         if not as_json:
-            print(said[-1], end="\n" if token_id is None else "", flush=True)
+            print(piece, end="", flush=True)
 
-    continuation = Continuation(chat_token_ids(live.tokenizer, turns), sampling, tell)
+    ids_T = chat_token_ids(live.tokenizer, turns)
+    heard = Listener(live.tokenizer, ids_T.tolist(), show)
+    continuation = Continuation(ids_T, sampling, heard)
     engine.submit(continuation)
     while engine.step():
         continuation.cancelled |= interrupts.taken()  # between two tokens: a round is never torn
+    show("\n")
     figures = measured(live, [continuation])
     if not as_json:
         console(stderr=True).print(figures.line(), style="dim", soft_wrap=True)
-    return "".join(said), figures.document() | {"finish_reason": continuation.finish_reason}
+    return heard.text, figures.document() | {"finish_reason": continuation.finish_reason}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 if TYPE_CHECKING:
     from testbed.config import RunConfig
-    from testbed.live.engine import Continuation
-    from testbed.live.figures import Figures
+    from testbed.live.continuation import Continuation
+    from testbed.live.engine import Engine
     from testbed.live.model import LiveModel
+    from testbed.live.sampling import Sampling
+    from testbed.live.text import Listener
 
 EXAMPLE = "Example: testbed generate configs/local.toml --prompt 'def main(' --policy wlr:theta=0.2"
 
@@ -78,67 +80,92 @@ def command(
     sampling = Sampling(max_new_tokens, do_sample, temperature, top_k, top_p, seed)
     said = "a user's prompts" + (", embedded by the user: ids were not sent" if embed_locally else "")
     with live_model(config, config_path=file, out=out, insecure=insecure, text=said) as live:
-        done, figures = _generate(live, texts, sampling, batch, embed_locally=embed_locally, quiet=as_json)
-        _report(live, config, texts, done, figures, as_json=as_json)
+        answers = _asked(live, texts, sampling, embed_locally=embed_locally, show=not as_json and len(texts) == 1)
+        _answer(live, answers, batch, quiet=as_json)
+        _report(live, config, answers, as_json=as_json)
 
 
-def _generate(
-    live: LiveModel, texts: list[str], sampling: Any, batch: int, *, embed_locally: bool, quiet: bool
-) -> tuple[list[Continuation], Figures]:
-    """A lone prompt is shown as its tokens come, of several each one when those before it are done."""
-    from testbed.live.engine import Continuation, Engine
-    from testbed.live.figures import measured
+class Answered(NamedTuple):
+    prompt: str
+    continuation: Continuation
+    heard: Listener
+
+
+def _asked(live: LiveModel, texts: list[str], sampling: Sampling, *, embed_locally: bool, show: bool) -> list[Answered]:
+    """`show`: print the text as its tokens come."""
+    from testbed.live.continuation import Continuation
     from testbed.live.prompting import UserSide, token_ids_of
-    from testbed.live.text import TextStream
+    from testbed.live.text import Listener
 
-    engine, shown = Engine(live, batch), TextStream(live.tokenizer)
     user = UserSide(live) if embed_locally else None
-
-    def tell(token_id: int | None) -> None:
-        print(shown.rest() + "\n" if token_id is None else shown.add(token_id), end="", flush=True)
-
-    streamed = len(texts) == 1 and not quiet
-    done: list[Continuation] = []
+    answers = []
     for text in texts:
-        given = token_ids_of(live.tokenizer, text) if user is None else user.embed(text)
-        done.append(Continuation(given, sampling, *([tell] if streamed else [])))
-        engine.submit(done[-1])
-    if streamed:
-        print(texts[0], end="", flush=True)
+        ids_T = token_ids_of(live.tokenizer, text)
+        heard = Listener(live.tokenizer, ids_T.tolist(), *([_print_on] if show else []))
+        given = ids_T if user is None else user.embed(ids_T)
+        answers.append(Answered(text, Continuation(given, sampling, heard), heard))
+    return answers
+
+
+def _print_on(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _answer(live: LiveModel, answers: list[Answered], batch: int, *, quiet: bool) -> None:
+    """A lone prompt is shown as its tokens come, of several each one when those before it are done."""
+    from testbed.live.engine import Engine
+
+    engine, several = Engine(live, batch), len(answers) > 1
+    for number, answer in enumerate(answers):
+        _submit(engine, answer.continuation, f"prompt {number}: " if several else "")
+    if quiet:
+        engine.run()
+        return
+    if not several:
+        _print_on(answers[0].prompt)
     printed = 0
     while engine.step():
-        while not (streamed or quiet) and printed < len(done) and done[printed].finish_reason:
-            print(f"[{printed}] {texts[printed]}{_text(live, done[printed])}", flush=True)
+        while printed < len(answers) and answers[printed].continuation.finish_reason:
+            answer = answers[printed]
+            print(f"[{printed}] {answer.prompt}{answer.heard.text}" if several else "", flush=True)
             printed += 1
-    return done, measured(live, done)
 
 
-def _text(live: LiveModel, continuation: Continuation) -> str:
-    text: str = live.tokenizer.decode(continuation.token_ids, skip_special_tokens=True)
-    return text
+def _submit(engine: Engine, continuation: Continuation, which: str) -> None:
+    from testbed.errors import ConfigError
+
+    try:
+        engine.submit(continuation)
+    except ConfigError as error:
+        raise ConfigError(f"{which}{error}") from error
 
 
-def _report(
-    live: LiveModel, config: RunConfig, texts: list[str], done: list[Continuation], figures: Figures, *, as_json: bool
-) -> None:
+def _report(live: LiveModel, config: RunConfig, answers: list[Answered], *, as_json: bool) -> None:
     from testbed.cli.output import console, print_json_line
+    from testbed.live.figures import measured
+    from testbed.runlog.reader import read_events
 
+    lost = sorted({event["device"] for event in read_events(live.run_dir) if event["kind"] == "node_lost"})
+    figures = measured(live, [answer.continuation for answer in answers])
     if not as_json:
         display = console()
         display.print(figures.line(), style="dim", soft_wrap=True)
+        if lost:
+            said = f"{', '.join(lost)} went away meanwhile: tokens went on without experts that nobody else holds"
+            display.print(said, style="yellow", soft_wrap=True)
         display.print(f"{live.labels[0]}; every round: testbed logs show {live.run_dir}", style="dim", soft_wrap=True)
         return
-    answers = [
+    told = [
         {
-            "prompt": text,
-            "text": _text(live, continuation),
-            "prompt_tokens": continuation.prompt_tokens,
-            "token_ids": continuation.token_ids,
-            "finish_reason": continuation.finish_reason,
-            "first_token_s": continuation.first_token_s,
-            "token_s": continuation.step_s,
+            "prompt": answer.prompt,
+            "text": answer.heard.text,
+            "prompt_tokens": answer.continuation.prompt_tokens,
+            "token_ids": answer.continuation.token_ids,
+            "finish_reason": answer.continuation.finish_reason,
+            "first_token_s": answer.continuation.first_token_s,
+            "token_s": answer.continuation.step_s,
         }
-        for text, continuation in zip(texts, done, strict=True)
+        for answer in answers
     ]
     print_json_line(
         {
@@ -146,7 +173,8 @@ def _report(
             "directory": str(live.run_dir),
             "policy": live.labels[0],
             "model": config.model.path,
-            "answers": answers,
+            "answers": told,
+            "nodes_lost": lost,
             **figures.document(),
         }
     )

@@ -29,23 +29,28 @@ class Batch:
         self._cache: Any = DynamicCache()  # whole, also of layers with a window: their mask forgets
         self._mask_BS = torch.zeros((0, 0), dtype=torch.long)
 
-    def join(self, prompts: Sequence[Any]) -> Any:
-        """Prefill prompts, token ids (T,) or embeddings (T, D), as new rows. Returns the logits after each, (B, V)."""
+    def join(self, prompts: Sequence[Any], *, every_token: bool = False) -> Any:
+        """Prefill prompts, token ids (T,) or embeddings (T, D), as new rows.
+
+        Returns the logits after each, (B, 1, V); of `every_token` after each of its tokens, (B, S, V), on the left
+        those of the padding. They are where the model is.
+        """
         length = max(len(prompt) for prompt in prompts)
         mask_BS = torch.stack(
             [pad(torch.ones(len(prompt), dtype=torch.long), (length - len(prompt), 0)) for prompt in prompts]
         )
         cache = DynamicCache()
-        logits_BV = self._forward(cache, mask_BS, self._position_ids(mask_BS), **self._inputs(prompts, length))
+        inputs = self._inputs(prompts, length) | {"logits_to_keep": 0 if every_token else 1}
+        logits_BSV = self._forward(cache, mask_BS, self._position_ids(mask_BS), **inputs)
         self._append(cache, mask_BS)
-        return logits_BV
+        return logits_BSV
 
     def decode(self, token_ids: Sequence[int]) -> Any:
-        """The next token of every row goes in. Returns the logits after it, (B, V)."""
+        """The next token of every row goes in. Returns the logits after it, (B, V), where the model is."""
         self._mask_BS = pad(self._mask_BS, (0, 1), value=1)
         position_ids = self._mask_BS.sum(-1, keepdim=True) - 1
         ids_B1 = torch.tensor(token_ids, device=self._model.device)[:, None]
-        return self._forward(self._cache, self._mask_BS, position_ids, input_ids=ids_B1)
+        return self._forward(self._cache, self._mask_BS, position_ids, input_ids=ids_B1, logits_to_keep=1)[:, -1]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let the others go, and the padding that only they needed."""
@@ -78,9 +83,8 @@ class Batch:
             position_ids=position_ids.to(device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        return result.logits[:, -1].cpu()  # from a GPU in one copy, and when it is there the step is done
+        return result.logits
 
     @staticmethod
     def _position_ids(mask_BS: Any) -> Any:

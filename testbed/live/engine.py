@@ -1,59 +1,24 @@
 """Continuations of many prompts at once: whoever comes joins the batch between two tokens, whoever is done leaves it.
 
-All tokens of a step travel to the nodes in one round per layer, so that requests share what a round costs.
+All tokens of a step travel to the nodes in one round per layer, so that requests share what a round costs. A round has
+one policy: whoever wants another one waits, in the order of arrival, until those under way are done.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from testbed.errors import ConfigError, WdmoeError
 from testbed.live.batch import Batch
+from testbed.live.continuation import CANCELLED, FAILED, LENGTH, STOP, Continuation
 from testbed.live.model import LiveModel
-from testbed.live.sampling import Sampler, Sampling
+from testbed.live.scoring import token_scores
 
-CANCELLED, LENGTH, STOP, FAILED = "cancelled", "length", "stop", "failed"
-Tell = Callable[[int | None], None]
-
-
-class Continuation:
-    """One prompt and what was added to it. Times are readings of the live model's clock."""
-
-    def __init__(self, prompt: Any, sampling: Sampling, tell: Tell = lambda _token_id: None) -> None:
-        """`prompt`: token ids (T,), or embeddings (T, D) where the ids stay with the user.
-
-        `tell` hears of every token from the thread that runs the model, at the end None. Raises ConfigError for
-        sampling options that make no sense.
-        """
-        self.prompt, self.sampling, self.tell = prompt, sampling, tell
-        self.sampler = Sampler(sampling)
-        self.token_ids: list[int] = []
-        self.token_s: list[float] = []  # when each token was there
-        self.began_s = 0.0  # when its prefill began
-        self.number = -1  # the prompt's in the log
-        self.cancelled = False
-        self.finish_reason: str | None = None  # length, stop, cancelled or failed; None until its end
-        self.error: WdmoeError | None = None
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt)
-
-    @property
-    def first_token_s(self) -> float | None:
-        """From the beginning of the prefill."""
-        return self.token_s[0] - self.began_s if self.token_s else None
-
-    @property
-    def step_s(self) -> list[float]:
-        """What each further token took."""
-        return [later - earlier for earlier, later in itertools.pairwise(self.token_s)]
+MAX_LOGITS = 2**29  # kept at once where prompts are scored: 2 GiB in fp32
 
 
 class Engine:
@@ -69,6 +34,7 @@ class Engine:
         end = live.model.generation_config.eos_token_id
         self._end_ids = set(end) if isinstance(end, list) else {end}
         self.context_tokens: int | None = getattr(live.model.config, "max_position_embeddings", None)
+        self.vocabulary: int = live.model.config.get_text_config().vocab_size
 
     @property
     def waiting(self) -> int:
@@ -77,6 +43,8 @@ class Engine:
     def submit(self, continuation: Continuation) -> None:
         """Let it join as soon as there is room. Raises ConfigError as `check` does."""
         self.check(continuation)
+        if continuation.policy is None:
+            continuation.policy = self._live.policy
         self._waiting.append(continuation)
         self._somebody_came.set()
 
@@ -86,7 +54,7 @@ class Engine:
         self._somebody_came.clear()
 
     def check(self, continuation: Continuation) -> None:
-        """Raises ConfigError for one that the model has no room for."""
+        """Raises ConfigError for one that the model, or this machine's memory, has no room for."""
         asked = continuation.prompt_tokens + continuation.sampling.max_new_tokens
         if continuation.prompt_tokens == 0:
             raise ConfigError("the prompt has no token; write something to continue")
@@ -94,6 +62,11 @@ class Engine:
             raise ConfigError(
                 f"the model has room for {self.context_tokens} tokens; the prompt's {continuation.prompt_tokens} and "
                 f"max_new_tokens = {continuation.sampling.max_new_tokens} are more: shorten one of them"
+            )
+        if continuation.scores_prompt and continuation.prompt_tokens * self.vocabulary > MAX_LOGITS:
+            raise ConfigError(
+                f"the probabilities of a prompt of {continuation.prompt_tokens} tokens are too many at once; "
+                f"have at most {MAX_LOGITS // self.vocabulary} scored"
             )
 
     def run(self) -> None:
@@ -135,28 +108,51 @@ class Engine:
     def _newcomers(self) -> list[Continuation]:
         found: list[Continuation] = []
         while self._waiting and len(self._running) + len(found) < self._max_batch:
-            continuation = self._waiting.popleft()
-            if continuation.cancelled:
-                self._end([continuation], CANCELLED)
+            if self._waiting[0].cancelled:
+                self._end([self._waiting.popleft()], CANCELLED)
+            elif self._may_join(self._waiting[0], found):
+                found.append(self._waiting.popleft())
             else:
-                found.append(continuation)
+                break
         return found
+
+    def _may_join(self, continuation: Continuation, newcomers: list[Continuation]) -> bool:
+        """Those under way have the same policy, and the logits of whoever is prefilled together are not too many."""
+        if any(other.policy != continuation.policy for other in (*self._running, *newcomers)):
+            return False
+        together = [*newcomers, continuation]
+        logits = len(together) * max(c.prompt_tokens for c in together) * self.vocabulary
+        return not newcomers or logits <= MAX_LOGITS or not any(c.scores_prompt for c in together)
 
     def _take_in(self, newcomers: list[Continuation]) -> None:
         """Prefill. Whoever comes together is one prompt of the log, and meets one draw of an emulated channel."""
+        policy = newcomers[0].policy
+        if policy is not None and policy != self._live.policy:
+            self._live.use_policy(policy)
         number, began_s = self._live.begin_prompt(continued=True), self._live.clock.now_s()
         for continuation in newcomers:
             continuation.number, continuation.began_s = number, began_s
-        logits_BV = self._batch.join([continuation.prompt for continuation in newcomers])
+        scored = any(continuation.scores_prompt for continuation in newcomers)
+        logits_BSV = self._batch.join([continuation.prompt for continuation in newcomers], every_token=scored)
+        for continuation, logits_SV in zip(newcomers, logits_BSV, strict=True):
+            if continuation.scores_prompt:
+                ids, top = continuation.prompt.tolist(), continuation.scores_top or 0
+                continuation.prompt_scores = token_scores(logits_SV[-len(ids) : -1], ids[1:], top)
         self._running += newcomers
-        self._choose(newcomers, logits_BV)
+        self._choose(newcomers, logits_BSV[:, -1])
 
     def _choose(self, continuations: list[Continuation], logits_BV: Any) -> None:
+        logits_BV = logits_BV.cpu()  # from a GPU in one copy, and when it is there the step is done
         now_s = self._live.clock.now_s()
         stopped, at_length = [], []
         for continuation, logits_V in zip(continuations, logits_BV, strict=True):
+            if continuation.sampling.max_new_tokens == 0:  # it was only to be scored
+                at_length.append(continuation)
+                continue
             token_id = continuation.sampler.next_token(logits_V)
             continuation.token_s.append(now_s)
+            if continuation.scores_top is not None:
+                continuation.scores += token_scores(logits_V[None], [token_id], continuation.scores_top)
             if token_id in self._end_ids:
                 stopped.append(continuation)
                 continue
@@ -182,7 +178,7 @@ class Engine:
             continuation.finish_reason = reason
             self._live.event(
                 "generated",
-                policy=self._live.policy,
+                policy=continuation.policy,
                 prompt=continuation.number,
                 prompt_tokens=continuation.prompt_tokens,
                 tokens=len(continuation.token_ids),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from testbed.live.engine import Continuation
+from testbed.live.continuation import Continuation
 from testbed.live.model import LiveModel
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from testbed.config import RunConfig
+from testbed.config import PolicySpec, RunConfig
 from testbed.config.loading import apply_override, asked_policy, first_mistake
 from testbed.errors import ConfigError
 
@@ -37,6 +38,22 @@ def with_policy(config: RunConfig, asked: str | None) -> RunConfig:
     return checked.model_copy(update={"policies": checked.policies[-1:]})
 
 
+def with_policies(config: RunConfig, asked: Sequence[str]) -> RunConfig:
+    """The run file with the policies `asked` for, each as `with_policy` takes it; with all of its own if none is."""
+    if not asked:
+        return config
+    policies = [with_policy(config, text).policies[0] for text in asked]
+    return config.model_copy(update={"policies": tuple(policies)})
+
+
+def policy_words(spec: PolicySpec) -> str:
+    """As `with_policy` takes it: wlr:theta=0.2."""
+    split = {"bandwidth": spec.bandwidth, "period": spec.period}
+    given = spec.params | {key: value for key, value in split.items() if key in spec.model_fields_set}
+    words = ",".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+    return f"{spec.name}:{words}" if words else spec.name
+
+
 def read_prompts(file: Path) -> list[str]:
     """One prompt a line; of a .jsonl file, the key `prompt` of each line. Raises ConfigError."""
     try:
@@ -45,6 +62,8 @@ def read_prompts(file: Path) -> list[str]:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; name one with a prompt a line") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); name a file with a prompt a line") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     prompts = [_prompt_of(file, number, line) for number, line in enumerate(lines, 1)] if _is_jsonl(file) else lines

@@ -15,9 +15,10 @@ Turn = dict[str, str]  # role and content
 
 
 def token_ids_of(tokenizer: Any, text: str) -> Any:
-    """(T,), with the special tokens that the model expects around a text. Raises ConfigError for none or too many."""
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise ConfigError(f"the prompt has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are taken")
+    """(T,), with the special tokens that the model expects around a text. Raises ConfigError for one too long or no
+    text at all.
+    """
+    _check_text(text)
     ids = tokenizer(text)["input_ids"]
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
@@ -28,8 +29,7 @@ def chat_token_ids(tokenizer: Any, turns: Sequence[Turn]) -> Any:
     """(T,) of a conversation that the model is to go on with. Raises ConfigError where its template refuses it."""
     if tokenizer.chat_template is None:
         return token_ids_of(tokenizer, plain_turns(turns))
-    if sum(len(turn["content"]) for turn in turns) > MAX_PROMPT_CHARACTERS:
-        raise ConfigError(f"the conversation has more than {MAX_PROMPT_CHARACTERS} characters")
+    _check_text(plain_turns(turns))
     from jinja2 import TemplateError  # noqa: PLC0415 - only what has a template needs it
 
     try:
@@ -39,13 +39,22 @@ def chat_token_ids(tokenizer: Any, turns: Sequence[Turn]) -> Any:
     return torch.tensor(ids, dtype=torch.long)
 
 
+def _check_text(text: str) -> None:
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ConfigError(f"the prompt has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are taken")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line
+        raise ConfigError(f"the prompt is not UTF-8 text (character {error.start})") from error
+
+
 def plain_turns(turns: Sequence[Turn]) -> str:
     """For a model without a chat template: what was said, one after the other; the model goes on with the text."""
     return "\n".join(turn["content"] for turn in turns)
 
 
 class UserSide:
-    """Tokenizer and embedding table on the user's side: what leaves it are embeddings.
+    """The embedding table on the user's side: what leaves it are embeddings.
 
     No privacy: whoever has the model finds each id again as the nearest row of the same table.
     """
@@ -57,9 +66,9 @@ class UserSide:
             raise CheckpointError(
                 f"--embed-locally: {type(table).__name__} of this model is more than a table; leave it out"
             )
-        self._tokenizer, self._table = live.tokenizer, table
+        self._table = table
 
     @torch.inference_mode()
-    def embed(self, text: str) -> Any:
+    def embed(self, token_ids_T: Any) -> Any:
         """(T, D)."""
-        return self._table(token_ids_of(self._tokenizer, text).to(self._table.weight.device))
+        return self._table(token_ids_T.to(self._table.weight.device))

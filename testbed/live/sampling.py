@@ -18,14 +18,23 @@ from testbed.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Greedy unless `do_sample`; top_k = 0 and top_p = 1 leave every token in; a `seed` makes it repeatable."""
+    """Greedy unless `do_sample`; top_k = 0 and top_p = 1 leave every token in; a `seed` makes it repeatable.
+
+    Raises ConfigError for what says how to draw where nothing is drawn.
+    """
 
     max_new_tokens: int = 64
     do_sample: bool = False
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = 50
     top_p: float = 1.0
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        drawn = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}
+        idle = [name for name, default in drawn.items() if getattr(self, name) != default]
+        if idle and not self.do_sample:
+            raise ConfigError(f"{', '.join(idle)}: without effect while nothing is drawn; add do_sample (--do-sample)")
 
 
 class Sampler:

@@ -41,19 +41,20 @@ class Lines:
 
     def __init__(self, meanwhile: Callable[[], None], interrupts: Interrupts) -> None:
         self._meanwhile, self._interrupts = meanwhile, interrupts
-        self._read, self._ended = b"", False
+        self._read, self._ended = b"", sys.stdin is None  # closed before we began
+        self.interactive = sys.stdin is not None and sys.stdin.isatty()
 
     def next(self, invitation: str) -> str | None:
         """The next line, without its end; None after the last one. A terminal is shown the invitation.
 
         Ctrl-C forgets what was typed on a terminal, and raises KeyboardInterrupt elsewhere.
         """
-        if sys.stdin.isatty():
+        if self.interactive:
             print(invitation, end="", flush=True)
         while b"\n" not in self._read and not self._ended:
             self._wait()
             if self._interrupts.taken():
-                if not sys.stdin.isatty():
+                if not self.interactive:
                     raise KeyboardInterrupt
                 print(f"\n(Ctrl-D ends)\n{invitation}", end="", flush=True)
         line, separator, self._read = self._read.partition(b"\n")

@@ -5,22 +5,54 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from testbed.live.engine import CANCELLED, FAILED, STOP, Continuation
+from testbed.live.continuation import CANCELLED, FAILED, STOP, Continuation
 from testbed.live.sampling import Sampling
 from testbed.live.text import TextStream
 from testbed.serve.protocol import RequestError
+from testbed.serve.token_texts import ScoredToken, TokenTexts
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request wants of each of its answers."""
+
+    sampling: Sampling
+    stops: Sequence[str]
+    policy: int
+    echo: bool  # begin with the prompt
+    scores_top: int | None  # score every token, and so many likeliest ones beside it
+
+
+class Piece(NamedTuple):
+    text: str
+    tokens: list[ScoredToken]  # where wanted: those that begin in this text
 
 
 class Answer:
     """Made in the event loop. Whoever stops listening must `cancel`."""
 
-    def __init__(self, token_ids: Any, sampling: Sampling, stops: Sequence[str], tokenizer: Any) -> None:
+    def __init__(self, prompt_ids: Any, asked: Asked, tokenizer: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[int | None] = asyncio.Queue()
-        self._text, self._stop = TextStream(tokenizer), StopText(stops)
-        self.continuation = Continuation(token_ids, sampling, self._tell)
+        self._asked, self._prompt_ids = asked, prompt_ids.tolist()
+        self._text = TextStream(tokenizer, after=() if asked.echo else self._prompt_ids)
+        self._stop = StopText(asked.stops)
+        self._names = TokenTexts(tokenizer, () if asked.echo else self._prompt_ids[-1:])
+        self._tokens: list[ScoredToken] = []  # not yet handed out: their text is held back
+        self._said = 0  # characters
+        scores_prompt = asked.echo and asked.scores_top is not None
+        self.continuation = Continuation(
+            prompt_ids,
+            asked.sampling,
+            self._tell,
+            policy=asked.policy,
+            scores_top=asked.scores_top,
+            scores_prompt=scores_prompt,
+        )
+        self.token_ids: list[int] = []  # heard
         self.finish_reason: str | None = None
 
     def _tell(self, token_id: int | None) -> None:
@@ -30,31 +62,71 @@ class Answer:
     def cancel(self) -> None:
         self.continuation.cancelled = True
 
-    async def pieces(self) -> AsyncIterator[str]:
+    async def whole(self) -> Piece:
+        pieces = [piece async for piece in self.pieces()]
+        return Piece("".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.tokens])
+
+    async def pieces(self) -> AsyncIterator[Piece]:
         """The text as it comes. Raises RequestError where the nodes could not finish it."""
         try:
-            while (token_id := await self._heard.get()) is not None:
-                if piece := self._stop.add(self._text.add(token_id)):
+            token_id = await self._heard.get()
+            if token_id is None:
+                self._raise_if_broken_off()
+            if self._asked.echo:
+                yield await asyncio.to_thread(self._prompt)  # many tokens may have to be named
+            while token_id is not None:
+                if (piece := self._token(token_id)) is not None:
                     yield piece
                 if self._stop.found:
                     self.finish_reason = STOP
                     return
-            if piece := self._stop.add(self._text.rest()) + self._stop.rest():
+                token_id = await self._heard.get()
+            self._raise_if_broken_off()
+            if (piece := self._rest()) is not None:
                 yield piece
-            self.finish_reason = STOP if self._stop.found else self._end()
+            self.finish_reason = STOP if self._stop.found else self.continuation.finish_reason
         finally:
             self.cancel()
 
-    def _end(self) -> str:
-        reason = self.continuation.finish_reason or CANCELLED
-        if reason == FAILED:
+    def _raise_if_broken_off(self) -> None:
+        if self.continuation.finish_reason == FAILED:
             raise RequestError(503, f"the nodes could not finish it: {self.continuation.error}")
-        if reason == CANCELLED:
+        if self.continuation.finish_reason == CANCELLED:
             raise RequestError(503, "the server is ending")
-        return reason
 
-    async def whole(self) -> str:
-        return "".join([piece async for piece in self.pieces()])
+    def _prompt(self) -> Piece:
+        text = ""
+        scores = [None, *self.continuation.prompt_scores]  # nothing stands before the first token
+        for index, token_id in enumerate(self._prompt_ids):
+            if self._asked.scores_top is not None:
+                self._tokens.append(self._names.scored(token_id, scores[index], len(text)))
+            text += self._text.add(token_id)
+        return self._piece(text)
+
+    def _token(self, token_id: int) -> Piece | None:
+        """What may be said after this one; None: nothing yet."""
+        if self._asked.scores_top is not None:
+            score = self.continuation.scores[len(self.token_ids)]
+            self._tokens.append(self._names.scored(token_id, score, self._said + self._stop.held))
+        self.token_ids.append(token_id)
+        text = self._stop.add(self._text.add(token_id))
+        return self._piece(text) if text else None
+
+    def _rest(self) -> Piece | None:
+        """What was held back when the last token had come; the token that ended the text is scored too."""
+        text = self._stop.add(self._text.rest()) + self._stop.rest()
+        piece = self._piece(text)
+        if self._stop.found:
+            return piece if text else None
+        ending = self.continuation.scores[len(self.token_ids) :]
+        last = self._tokens + [self._names.scored(score.token_id, score, self._said) for score in ending]
+        return Piece(text, piece.tokens + last) if text or last else None
+
+    def _piece(self, text: str) -> Piece:
+        self._said += len(text)
+        begun = [token for token in self._tokens if token.offset < self._said]
+        self._tokens = self._tokens[len(begun) :]
+        return Piece(text, begun)
 
 
 class StopText:
@@ -62,6 +134,11 @@ class StopText:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops, self._held, self.found = stops, "", False
+
+    @property
+    def held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
 
     def add(self, text: str) -> str:
         """What of the text may be said."""

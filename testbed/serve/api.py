@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +12,15 @@ import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from testbed.errors import ConfigError
 from testbed.live.engine import Engine
 from testbed.live.prompting import chat_token_ids, token_ids_of
-from testbed.live.sampling import Sampling
-from testbed.serve.answer import Answer
-from testbed.serve.protocol import (
-    CHAT,
-    COMPLETION,
-    AskedFor,
-    ChatRequest,
-    CompletionRequest,
-    RequestError,
-    Shape,
-    event,
-    parsed,
-)
+from testbed.serve.answer import Answer, Asked
+from testbed.serve.protocol import AskedFor, ChatRequest, CompletionRequest, RequestError, parsed
+from testbed.serve.replies import CHAT, COMPLETION, Reply, Shape
 
 MAX_BODY_BYTES = 2**23
 
@@ -43,9 +31,10 @@ class Serving:
 
     engine: Engine
     tokenizer: Any
-    model_name: str
+    models: Mapping[str, int]  # name -> the policy under which it answers
+    policy_labels: Sequence[str]
     keys: Sequence[bytes]  # none: nobody is asked for one
-    max_waiting: int  # requests beyond the batch; more are sent away
+    max_waiting: int  # continuations beyond the batch; more are sent away
     emulated: bool
     ending: Callable[[], bool]
     nodes_available: Callable[[], int]
@@ -60,7 +49,9 @@ def build_app(serving: Serving) -> Starlette:
         Route("/v1/models/{model:path}", api.models),
         Route("/health", api.health),
     ]
-    return Starlette(routes=routes, exception_handlers={RequestError: _refused, HTTPException: _not_found})
+    return Starlette(
+        routes=routes, exception_handlers={RequestError: _refused, HTTPException: _not_found, Exception: _broken}
+    )
 
 
 async def _refused(_request: Request, error: Exception) -> Response:
@@ -75,6 +66,11 @@ async def _not_found(request: Request, error: Exception) -> Response:
     return await _refused(request, RequestError(status, f"{request.method} {request.url.path}: nothing is served here"))
 
 
+async def _broken(request: Request, error: Exception) -> Response:
+    """An error of ours, whose trace is on the server's stderr."""
+    return await _refused(request, RequestError(500, f"the server failed: {type(error).__name__}"))
+
+
 class Api:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
@@ -82,9 +78,9 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         asked = parsed(CompletionRequest, await self._body(request))
-        sampling = asked.sampling(asked.max_tokens or 16)
         prompts = [self._prompt(prompt) for prompt in asked.prompts()]
-        return await self._respond(request, COMPLETION, asked, prompts, sampling)
+        max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
+        return await self._respond(request, COMPLETION, asked, prompts, max_tokens, echo=bool(asked.echo))
 
     async def chat_completions(self, request: Request) -> Response:
         asked = parsed(ChatRequest, await self._body(request))
@@ -93,17 +89,22 @@ class Api:
         except ConfigError as error:
             raise RequestError(400, str(error), param="messages") from error
         room = (self._serving.engine.context_tokens or 2**20) - len(prompt)
-        sampling = asked.sampling(asked.max_completion_tokens or asked.max_tokens or max(1, room))
-        return await self._respond(request, CHAT, asked, [prompt], sampling)
+        max_tokens = asked.max_completion_tokens or asked.max_tokens or max(1, room)
+        return await self._respond(request, CHAT, asked, [prompt], max_tokens, echo=False)
 
     async def models(self, request: Request) -> Response:
+        """The model under the first policy has its bare name; under each one, a name that says which."""
         self._check_key(request)
-        name = self._serving.model_name
+        if "model" in request.path_params:
+            name = request.path_params["model"]
+            return JSONResponse(self._model(name, self._policy(name)))
+        models = [self._model(name, policy) for name, policy in self._serving.models.items()]
+        return JSONResponse({"object": "list", "data": models})
+
+    def _model(self, name: str, policy: int) -> dict[str, Any]:
+        label = self._serving.policy_labels[policy]
         model = {"id": name, "object": "model", "created": self._began, "owned_by": "wdmoe-testbed"}
-        if "model" not in request.path_params:
-            return JSONResponse({"object": "list", "data": [model]})
-        self._check_model(request.path_params["model"])
-        return JSONResponse(model)
+        return model | {"testbed": {"policy": label}}
 
     async def health(self, _request: Request) -> Response:
         """Without a key: whether somebody is there to compute."""
@@ -134,14 +135,15 @@ class Api:
         if keys and not (known and scheme.lower() == "bearer"):
             raise RequestError(401, "the API key is missing or wrong", code="invalid_api_key")
 
-    def _check_model(self, name: str) -> None:
-        if name != self._serving.model_name:
-            said = f"no model {name!r} here; {self._serving.model_name!r} is served"
+    def _policy(self, model: str) -> int:
+        if model not in self._serving.models:
+            said = f"no model {model!r} here; served: {', '.join(self._serving.models)}"
             raise RequestError(404, said, param="model", code="model_not_found")
+        return self._serving.models[model]
 
     def _prompt(self, prompt: str | list[int]) -> Any:
         if isinstance(prompt, list):
-            largest = len(self._serving.tokenizer) - 1
+            largest = min(len(self._serving.tokenizer), self._serving.engine.vocabulary) - 1
             if max(prompt) > largest:
                 raise RequestError(400, f"prompt: token ids go up to {largest}", param="prompt")
             return torch.tensor(prompt, dtype=torch.long)
@@ -151,95 +153,35 @@ class Api:
             raise RequestError(400, str(error), param="prompt") from error
 
     async def _respond(
-        self, request: Request, shape: Shape, asked: AskedFor, prompts: Sequence[Any], sampling: Sampling
+        self, request: Request, shape: Shape, asked: AskedFor, prompts: Sequence[Any], max_tokens: int, *, echo: bool
     ) -> Response:
-        self._check_model(asked.model)
-        answers = self._submit(prompts, sampling, asked.stop)
-        base = {
-            "id": f"{shape.prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": self._serving.model_name,
-        }
+        policy, n = self._policy(asked.model), asked.n or 1
+        answers = []
+        for prompt_ids in prompts:
+            for index in range(n):
+                sampling = asked.sampling(max_tokens, index)
+                each = Asked(sampling, asked.stop, policy, echo, asked.scores_top)
+                answers.append(Answer(prompt_ids, each, self._serving.tokenizer))
+        self._submit(answers)
+        facts = {"emulated": self._serving.emulated, "policy": self._serving.policy_labels[policy]}
+        reply = Reply(shape, answers, n, asked.scores_top, asked.model, facts)
         if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
-            stream = self._stream(shape, base | {"object": shape.chunk_kind}, answers, usage=usage)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        texts = await _unless_gone(request, answers)
-        choices = [
-            shape.choice(index, text, answer.finish_reason, chunk=False)
-            for index, (text, answer) in enumerate(zip(texts, answers, strict=True))
-        ]
-        return JSONResponse(base | {"object": shape.kind, "choices": choices} | self._figures(answers))
+            return reply.stream(usage=asked.stream_options is not None and asked.stream_options.include_usage)
+        return await reply.whole(request)
 
-    def _submit(self, prompts: Sequence[Any], sampling: Sampling, stops: Sequence[str]) -> list[Answer]:
-        engine = self._serving.engine
+    def _submit(self, answers: Sequence[Answer]) -> None:
+        """All of them or none."""
+        engine, most = self._serving.engine, self._serving.max_waiting
         if self._serving.ending():
             raise RequestError(503, "the server is ending")
-        if engine.waiting + len(prompts) > self._serving.max_waiting:
+        if len(answers) > most:
+            raise RequestError(400, f"{len(answers)} continuations are asked for at once; at most {most} may wait here")
+        if engine.waiting + len(answers) > most:
             raise RequestError(429, f"{engine.waiting} requests wait already; try again later")
         try:
-            answers = [Answer(prompt, sampling, stops, self._serving.tokenizer) for prompt in prompts]
             for answer in answers:
                 engine.check(answer.continuation)
         except ConfigError as error:
             raise RequestError(400, str(error), code="context_length_exceeded") from error
         for answer in answers:
             engine.submit(answer.continuation)
-        return answers
-
-    async def _stream(
-        self, shape: Shape, base: dict[str, Any], answers: Sequence[Answer], *, usage: bool
-    ) -> AsyncIterator[str]:
-        nothing_yet = {"usage": None} if usage else {}
-        try:
-            for index, answer in enumerate(answers):  # all are under way together; their texts come one after the other
-                first = True
-                async for piece in answer.pieces():
-                    choice = shape.choice(index, piece, None, chunk=True, first=first)
-                    first = False
-                    yield event(base | {"choices": [choice]} | nothing_yet)
-                last = shape.choice(index, "", answer.finish_reason, chunk=True, first=first)
-                yield event(base | {"choices": [last]} | nothing_yet)
-            if usage:
-                yield event(base | {"choices": []} | self._figures(answers))
-            yield "data: [DONE]\n\n"
-        except RequestError as error:  # the status is on its way already
-            yield event(error.document())
-        finally:
-            for answer in answers:
-                answer.cancel()
-
-    def _figures(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """What was used, as OpenAI says it, and how long it took, in the run's time."""
-        continuations = [answer.continuation for answer in answers]
-        sent, made = sum(c.prompt_tokens for c in continuations), sum(len(c.token_ids) for c in continuations)
-        times = [{"prompt": c.number, "first_token_s": c.first_token_s, "token_s": c.step_s} for c in continuations]
-        return {
-            "usage": {"prompt_tokens": sent, "completion_tokens": made, "total_tokens": sent + made},
-            "testbed": {"emulated": self._serving.emulated, "answers": times},
-        }
-
-
-async def _unless_gone(request: Request, answers: Sequence[Answer]) -> list[str]:
-    """The whole texts; whoever hangs up is no longer computed for."""
-    texts = asyncio.create_task(_whole(answers))
-    gone = asyncio.create_task(_hung_up(request))
-    try:
-        await asyncio.wait((texts, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not texts.done():
-            raise RequestError(499, "the client hung up")
-        return texts.result()
-    finally:
-        for task in (texts, gone):
-            task.cancel()
-        for answer in answers:
-            answer.cancel()
-
-
-async def _whole(answers: Sequence[Answer]) -> list[str]:
-    return list(await asyncio.gather(*(answer.whole() for answer in answers)))
-
-
-async def _hung_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

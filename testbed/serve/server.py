@@ -26,13 +26,15 @@ def serve(live: LiveModel, settings: ServeSettings, on_ready: Callable[[str], No
     serving = Serving(
         engine,
         live.tokenizer,
-        settings.model_name,
+        settings.models,
+        live.labels,
         settings.keys,
         settings.max_waiting,
         live.emulated,
         ending.is_set,
         live.nodes_available,
     )
+    certificate, key = settings.tls or (None, None)
     with _listening(settings.host, settings.port) as listener:
         options = uvicorn.Config(
             build_app(serving),
@@ -41,13 +43,16 @@ def serve(live: LiveModel, settings: ServeSettings, on_ready: Callable[[str], No
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=END_WITHIN_S,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
         )
         server = uvicorn.Server(options)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
         thread.start()
         try:
             host, port = listener.getsockname()[:2]
-            on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+            scheme = "http" if settings.tls is None else "https"
+            on_ready(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1")
             while thread.is_alive():
                 _work(live, engine)
         finally:

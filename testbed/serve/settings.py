@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +17,11 @@ MIN_KEY_LENGTH = 16
 class ServeSettings:
     host: str
     port: int  # 0: any free one
-    model_name: str
+    models: Mapping[str, int]  # name -> index of the policy under which it answers
     keys: tuple[bytes, ...]
     max_batch: int  # continuations that share a round
     max_waiting: int
+    tls: tuple[Path, Path] | None = None  # certificate chain and its key (PEM)
 
 
 def read_keys(file: Path) -> tuple[bytes, ...]:
@@ -47,3 +50,24 @@ def check_address(host: str, keys: tuple[bytes, ...]) -> None:
         raise ConfigError(
             f"--host {host}: others could use it as they like; give it an --api-key-file, or stay on 127.0.0.1"
         )
+
+
+def check_tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    """Raises ConfigError for a pair that is not whole, cannot be read, or does not belong together."""
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ConfigError("--tls-cert and --tls-key go together; give both, or neither for plain HTTP")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_no_password)
+    except (OSError, ValueError) as error:
+        said = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"--tls-cert {certificate} --tls-key {key}: {said}; give a certificate and its key (PEM, no password)"
+        ) from error
+    return certificate, key
+
+
+def _no_password() -> str:
+    """Instead of asking for it on the terminal."""
+    raise ValueError("the key is encrypted")

@@ -85,6 +85,21 @@ def test_a_lone_prompt_is_shown_with_its_text_and_what_it_took(tmp_path: Path) -
     assert "4 tokens; first token" in done.stdout
 
 
+def test_a_node_that_dies_meanwhile_is_named(tmp_path: Path) -> None:
+    file = run_file(tmp_path, SETTING, devices=[""] * 4)
+    asked = [TESTBED, "generate", str(file), "--json", "--prompt", "import ", "--max-new-tokens", "900"]
+    with started(asked, tmp_path) as command:
+        log = Log(command, tmp_path / "logs")
+        log.wait(lambda: len(log.rows(device=0, phase=1)) > 20, "an answer under way")
+        command.node(log.run_dir, "jetson-1").kill()
+        done = command.finish(60)
+        command.wait_until_nothing_runs()
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["nodes_lost"] == ["jetson-1"]
+    assert document["tokens"] == 900
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -92,6 +107,7 @@ def test_a_lone_prompt_is_shown_with_its_text_and_what_it_took(tmp_path: Path) -
         (["--prompt", "x", "--policy", "wlr:tehta=1"], 'did you mean "theta"?'),
         (["--prompt", "x", "--policy", "no good"], "must be a built-in policy"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--prompt", "x", "--temperature", "0.5", "--seed", "1"], "temperature, seed: without effect"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(tmp_path: Path, options: list[str], said: str) -> None:
@@ -111,6 +127,16 @@ def test_a_conversation_from_a_pipe_is_answered_line_by_line(tmp_path: Path) -> 
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["finish_reason"] for answer in answers] == ["length", "length"]
     assert all(answer["text"] for answer in answers)
+
+
+def test_what_a_pipe_asks_and_cannot_be_answered_ends_the_chat_in_one_line(tmp_path: Path) -> None:
+    file = run_file(tmp_path, SETTING, devices=[""] * 2)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("x" * 5000 + "\nimport os\n")
+    done = run(reading(str(lines), "chat", str(file), "--max-new-tokens", "5"), tmp_path, 90)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("error: the model has room for 1024 tokens")
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat(tmp_path: Path) -> None:

@@ -80,6 +80,41 @@ def test_a_dropped_pair_keeps_the_tokens_old_sum_and_the_survivors_proportions(f
     assert dropped > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "score", "over_the_chosen"),
+    [
+        ("deepseek_v3", torch.sigmoid, True),
+        ("minimax_m2", torch.sigmoid, True),
+        ("lfm2_moe", torch.sigmoid, True),
+        ("deepseek_v2", lambda logits_TE: logits_TE.softmax(-1), False),
+    ],
+)
+def test_a_survivor_weighs_what_the_gates_formula_says_of_its_logits(
+    name: str, score: Any, over_the_chosen: bool, tmp_path: Path
+) -> None:
+    """From the gate's logits alone: scale * s / sum of s over the survivors, or over the chosen where the gate does
+    not divide. A bias and groups decide who is chosen and enter no weight.
+    """
+    family = Family(name, tmp_path)
+    logits: list[Any] = []
+    gates = [module for path, module in family.model.named_modules() if path.endswith((".gate", ".router"))]
+    for gate in gates:
+        gate.register_forward_hook(lambda _gate, _inputs, given: logits.append(given[0]))
+    scale = getattr(family.model.config, "routed_scaling_factor", None) or 1.0
+    rounds = family.rounds(WLR(theta=THETA))
+    assert len(logits) == len(rounds)
+    dropped = 0
+    for logits_TE, (routing, selection, *_) in zip(logits, rounds, strict=True):
+        score_TE = score(logits_TE.reshape(-1, logits_TE.shape[-1]).double()).numpy()
+        score_TK = np.take_along_axis(score_TE, routing.expert_TK, 1)
+        kept_TK = selection.device_TK != DROPPED
+        dropped += (~kept_TK).sum()
+        surviving_T1 = (score_TK * kept_TK).sum(1, keepdims=True)
+        sum_T1 = np.ones_like(surviving_T1) if over_the_chosen else score_TK.sum(1, keepdims=True)
+        np.testing.assert_allclose(selection.weight_TK, scale * sum_T1 * score_TK * kept_TK / surviving_T1, rtol=1e-4)
+    assert dropped > 0
+
+
 def test_the_ratio_is_of_the_gates_weights_and_no_scale_of_a_token_changes_it(family: Family) -> None:
     for routing, selection, *_ in family.rounds(WLR(theta=THETA)):
         ratio_TK = routing.weight_TK / TOKEN_S_N[routing.holds_NE.argmax(0)[routing.expert_TK]]

@@ -19,7 +19,9 @@ from transformers import AutoTokenizer
 from bs_node.model import plain_model
 from testbed.config import load_run_file
 from testbed.config.sections import ModelSection
-from testbed.live.engine import CANCELLED, LENGTH, Continuation, Engine
+from testbed.errors import ConfigError
+from testbed.live.continuation import CANCELLED, LENGTH, STOP, Continuation
+from testbed.live.engine import Engine
 from testbed.live.model import LiveModel, live_model
 from testbed.live.sampling import Sampling
 from testbed.live.text import TextStream
@@ -173,22 +175,94 @@ def test_a_cancelled_one_ends_and_the_others_go_on(live: LiveModel, plain: Any) 
     assert under_way[1].token_ids == greedy(plain, under_way[1].prompt)
 
 
+@torch.inference_mode()
+def test_tokens_of_prompts_and_answers_are_as_likely_as_the_plain_model_says(live: LiveModel, plain: Any) -> None:
+    engine = Engine(live, max_batch=8)
+    scored = [
+        Continuation(ids_of(live, prompt), Sampling(3), scores_top=2, scores_prompt=True) for prompt in PROMPTS[:3]
+    ]
+    for continuation in [*scored, *continuations(live, Sampling(5), PROMPTS[3:])]:
+        engine.submit(continuation)
+    engine.run()
+    for continuation in scored:
+        ids_T = torch.cat([continuation.prompt, torch.tensor(continuation.token_ids)])
+        logprobs_TV = plain(ids_T[None]).logits[0].log_softmax(-1)
+        scores = [*continuation.prompt_scores, *continuation.scores]
+        assert [score.token_id for score in scores] == ids_T[1:].tolist()
+        expected_T = logprobs_TV[:-1].gather(-1, ids_T[1:, None])[:, 0]
+        assert [score.logprob for score in scores] == pytest.approx(expected_T.tolist(), abs=1e-4)
+        best = logprobs_TV[:-1].topk(2)
+        assert [[logprob for _, logprob in score.top] for score in scores] == [
+            pytest.approx(values, abs=1e-4) for values in best.values.tolist()
+        ]
+        assert all(score.top[0][0] == score.token_id for score in continuation.scores), "greedy"
+
+
+def test_the_token_that_ends_a_text_is_scored_but_no_part_of_it(live: LiveModel) -> None:
+    (usual,) = generated(live, continuations(live, Sampling(4), PROMPTS[:1]))
+    ended = Continuation(ids_of(live, PROMPTS[0]), Sampling(9), scores_top=0)
+    before = live.model.generation_config.eos_token_id
+    try:
+        live.model.generation_config.eos_token_id = usual[3]
+        assert generated(live, [ended]) == [usual[: usual.index(usual[3])]]
+    finally:
+        live.model.generation_config.eos_token_id = before
+    assert ended.finish_reason == STOP
+    assert [score.token_id for score in ended.scores] == [*ended.token_ids, usual[3]]
+
+
+def test_a_prompt_may_be_scored_without_a_token_more_and_others_join_no_fuller_than_memory_allows(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [Continuation(ids_of(live, prompt), Sampling(0), scores_top=0, scores_prompt=True) for prompt in PROMPTS]
+    longest = max(continuation.prompt_tokens for continuation in asked)
+    monkeypatch.setattr("testbed.live.engine.MAX_LOGITS", 2 * longest * live.model.config.vocab_size)
+    assert generated(live, asked) == [[]] * 4
+    assert [len(continuation.prompt_scores) for continuation in asked] == [c.prompt_tokens - 1 for c in asked]
+    numbers = [continuation.number for continuation in asked]
+    assert max(map(numbers.count, numbers)) <= 2
+    monkeypatch.setattr("testbed.live.engine.MAX_LOGITS", longest * live.model.config.vocab_size - 1)
+    with pytest.raises(ConfigError, match=f"have at most {longest - 1} scored"):
+        generated(live, [max(asked, key=lambda continuation: continuation.prompt_tokens)])
+
+
+def test_a_round_has_one_policy_and_whoever_came_first_is_first(live: LiveModel) -> None:
+    policies = [0, 1, 0, 1, 1]
+    under_way = [Continuation(ids_of(live, PROMPTS[0]), Sampling(3), policy=policy) for policy in policies]
+    under_way[3].cancelled = True
+    expected = generated(live, [Continuation(ids_of(live, PROMPTS[0]), Sampling(3), policy=0)])
+    before, ends = len(ended_events(live)), []
+    for index, continuation in enumerate(under_way):
+        continuation.tell = lambda token_id, index=index: ends.append(index) if token_id is None else None
+    assert generated(live, under_way) == [*expected * 3, [], *expected]
+    live.use_policy(0)
+    assert [index for index in ends if index != 3] == [0, 1, 2, 4]
+    assert [event["policy"] for event in ended_events(live)[before:]] == [policies[index] for index in ends]
+    rounds = read_table(live.run_dir, "rounds").to_pylist()
+    assert {(c.policy, c.number) for c in under_way if not c.cancelled} <= {(r["policy"], r["prompt"]) for r in rounds}
+
+
 def test_rows_and_events_carry_policy_and_prompt(live: LiveModel) -> None:
     live.use_policy(1)
-    first, second = generated(live, continuations(live, Sampling(3), PROMPTS[:2])), live.begin_prompt()
+    asked = continuations(live, Sampling(3), PROMPTS[:2])
+    tokens, second = generated(live, asked), live.begin_prompt()
     live.use_policy(0)
-    assert second == 1, "counted for each policy by itself"
-    assert all(len(tokens) == 3 for tokens in first)
+    number = asked[0].number
+    assert (asked[1].number, second) == (number, number + 1), "those who come together are one prompt"
+    assert all(len(token_ids) == 3 for token_ids in tokens)
     rounds = read_table(live.run_dir, "rounds").to_pylist()
-    mine = [row for row in rounds if row["policy"] == 1]
+    mine = [row for row in rounds if (row["policy"], row["prompt"]) == (1, number)]
     layers = live.model.config.num_hidden_layers
-    assert {row["prompt"] for row in mine} == {0}
     assert len(mine) == 3 * layers * 8, "one prefill and two more tokens of both, on eight devices"
     assert {row["tokens"] for row in mine if row["phase"] == 1} == {2}
-    events = [event for event in read_events(live.run_dir) if event["kind"] == "generated" and event["policy"] == 1]
+    events = [event for event in ended_events(live) if (event["policy"], event["prompt"]) == (1, number)]
     assert [(event["tokens"], len(event["token_s"]), event["finish_reason"]) for event in events] == [
         (3, 2, LENGTH)
     ] * 2
+
+
+def ended_events(live: LiveModel) -> list[dict[str, Any]]:
+    return [event for event in read_events(live.run_dir) if event["kind"] == "generated"]
 
 
 def test_text_that_comes_token_by_token_is_the_text_of_all_tokens() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from testbed.config import RunConfig
 from testbed.errors import ConfigError
-from testbed.live.options import read_prompts, with_policy
+from testbed.live.options import policy_words, read_prompts, with_policies, with_policy
 
 
 def config(**more: object) -> RunConfig:
@@ -33,6 +33,21 @@ def test_without_a_word_it_is_the_run_files_first_policy() -> None:
 def test_a_policy_is_named_with_its_parameters(asked: str, name: str, params: dict[str, object]) -> None:
     (policy,) = with_policy(config(), asked).policies
     assert (policy.name, policy.params) == (name, params)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["topk", "wlr:theta=0.2", "load_aware:budget=0.1,period=block", "my_policy:MyPolicy:share=1,word=a,yes=true"],
+)
+def test_a_policys_words_are_those_it_was_asked_for_with(asked: str) -> None:
+    (policy,) = with_policies(config(), [asked]).policies
+    assert policy_words(policy) == asked
+
+
+def test_several_are_asked_for_in_their_order_and_none_means_all_of_the_run_file() -> None:
+    assert [policy_words(policy) for policy in with_policies(config(), []).policies] == ["topk", "wlr:theta=0.1"]
+    asked = ["wlr:theta=0.3", "topk"]
+    assert [policy_words(policy) for policy in with_policies(config(), asked).policies] == asked
 
 
 def test_nothing_else_of_the_run_file_changes() -> None:
@@ -83,3 +98,5 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, name: str, content: b
         read_prompts(file)
     with pytest.raises(ConfigError, match="no such file"):
         read_prompts(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_prompts(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import ConfigError
-from testbed.serve.settings import check_address, read_keys
+from testbed.serve.settings import check_address, check_tls, read_keys
 
 KEY = b"0123456789abcdef"
 
@@ -55,3 +55,15 @@ def test_a_key_file_without_a_good_key_is_refused_and_its_keys_are_not_shown(
     assert "hunter2" not in str(caught.value)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_keys(tmp_path / "missing")
+
+
+def test_a_certificate_without_its_key_or_one_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert check_tls(None, None) is None
+    file = tmp_path / "cert.pem"
+    file.write_text("no certificate")
+    with pytest.raises(ConfigError, match="go together"):
+        check_tls(file, None)
+    with pytest.raises(ConfigError, match=r"No such file.*give a certificate and its key"):
+        check_tls(tmp_path / "missing", file)
+    with pytest.raises(ConfigError, match="give a certificate and its key"):
+        check_tls(file, file)
