@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from testbed.runlog.catalog import write_results
+from testbed.runlog.columns import ROUND_COLUMNS, record_dtype
 from testbed.runlog.manifest import write_manifest
 from testbed.runlog.reader import to_table
-from testbed.runlog.schema import ROUND_COLUMNS, record_dtype
 from testbed.runlog.summary import summary_of
 
 DEVICES, POLICIES, SEGMENT_ROWS, REPEATS = 8, 3, 65_536, 3

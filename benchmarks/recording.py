@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from testbed.runlog.columns import KEY_NAMES, ROUND_COLUMNS
 from testbed.runlog.recorder import Recorder
-from testbed.runlog.schema import KEY_NAMES, ROUND_COLUMNS
 
 DEVICES, TOP_K, EXPERTS, ROUNDS = 8, 2, 8, 4000
 OF_THE_ROUND = ("select_ns", "group_ns", "quantise_ns", "wait_ns", "dequantise_ns", "combine_ns", "round_ns")

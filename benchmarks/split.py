@@ -38,12 +38,10 @@ print(time.monotonic() - start)
 
 def write_checkpoint(folder: Path, layers: int) -> None:
     """As the hub stores it: an entry per expert and projection."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import torch
     from transformers import MixtralConfig
 
-    from testbed.checkpoint.shard_writer import ShardWriter
+    from testbed.checkpoint.shard_writer import Hashing, ShardWriter
 
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_local_experts": EXPERTS}
     MixtralConfig(**sizes, num_hidden_layers=layers, vocab_size=VOCABULARY).save_pretrained(folder)
@@ -61,7 +59,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
     weights = torch.randn(VOCABULARY * HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
     entries = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
-    with ThreadPoolExecutor(1) as hashing:
+    with Hashing() as hashing:
         writer = ShardWriter(folder / "model.safetensors", entries, hashing)
         for name, shape in shapes.items():
             writer.add(name, [weights[: torch.Size(shape).numel()].view(shape)])

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from testbed.checkpoint.families import DTYPES, empty_model, experts_of
 from testbed.checkpoint.manifest import BS_NAME, Dtype, Manifest, verify_file
+from testbed.checkpoint.own_code import allow_own_code
 from testbed.errors import CheckpointError, ConfigError
 
-__all__ = ["experts_of", "load_bs_model", "plain_model"]
+__all__ = ["experts_of", "load_bs_model", "load_tokenizer", "plain_model"]
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -34,18 +35,26 @@ def compute_device(name: DeviceName) -> torch.device:
 
 
 def load_bs_model(
-    split_dir: Path, manifest: Manifest, dtype: Dtype, implementation: str, device: DeviceName = "cpu"
+    split_dir: Path,
+    manifest: Manifest,
+    dtype: Dtype,
+    implementation: str,
+    device: DeviceName = "cpu",
+    *,
+    trusted: str | None = None,
 ) -> Any:
     """The model without its experts, in eval mode, its experts modules calling the experts function `implementation`.
 
     `implementation` is a name registered with transformers' ALL_EXPERTS_FUNCTIONS. Every tensor equals that of
-    `from_pretrained` in value and dtype. Raises CheckpointError for a file that is damaged or not of this split and
-    for a model that the GPU does not take, ConfigError for a GPU that is not there.
+    `from_pretrained` in value and dtype. trusted: the name of a model whose own code may run. Raises CheckpointError
+    for a file that is damaged or not of this split, for code that was not allowed and for a model that the GPU does
+    not take, ConfigError for a GPU that is not there.
     """
     where = compute_device(device)
     split_dir = Path(split_dir)
     stored = load_file(verify_file(split_dir, BS_NAME, manifest))
     verify_file(split_dir, "config.json", manifest)
+    _allow_code(split_dir, manifest, trusted)
     model = empty_model(split_dir, DTYPES[dtype], implementation)
     _check_layers(model, manifest)
     for experts in experts_of(model).values():
@@ -59,6 +68,27 @@ def load_bs_model(
     if (split_dir / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(split_dir)
     return _moved(model.requires_grad_(False).eval(), where, manifest)
+
+
+def load_tokenizer(split_dir: Path, manifest: Manifest) -> Any:
+    """Of the model that `load_bs_model` has loaded from there. Raises CheckpointError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(split_dir, trust_remote_code=bool(_code_files(manifest)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{split_dir}: no tokenizer of {manifest.model_name} in it that can be read; put tokenizer.json and "
+            "tokenizer_config.json beside the checkpoint, and split it again into another folder"
+        ) from error
+
+
+def _code_files(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.files if name.endswith(".py")]
+
+
+def _allow_code(split_dir: Path, manifest: Manifest, trusted: str | None) -> None:
+    for name in _code_files(manifest):
+        verify_file(split_dir, name, manifest)
+    allow_own_code(split_dir, manifest.model_name, trusted)
 
 
 def _moved(model: Any, where: torch.device, manifest: Manifest) -> Any:

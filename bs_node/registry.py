@@ -25,6 +25,7 @@ class Node:
     joins: int = 0
     broken_messages: int = 0
     emulated: dict[str, float | None] = field(default_factory=dict)
+    computes: str = ""  # on what, and in which weights
     figures: dict[str, float | None] = field(default_factory=dict)
     power: BoardPower = field(default_factory=BoardPower)
     clock: ClockSync = field(default_factory=ClockSync)  # of this boot
@@ -78,7 +79,7 @@ class Registry:
         if node.boot_id != hello.boot_id:
             node.clock.reset()
         node.routing_id, node.descriptor, node.boot_id = routing_id, descriptor, hello.boot_id
-        node.emulated = hello.emulated
+        node.emulated, node.computes = hello.emulated, hello.computes
         self._by_routing_id[routing_id] = node
         self.heard(node, now_ns)
         node.busy_until_ns = 0

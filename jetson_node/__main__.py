@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from jetson_node.experts import make_experts
+from jetson_node.experts import AUTO, Experts, make_experts
 from jetson_node.link import Link
 from jetson_node.pacing import Pacing
 from jetson_node.rows import RowFiles, Rows
@@ -90,7 +90,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--keys", type=Path, help="folder with NAME.key, NAME.pub and bs.pub")
     p.add_argument("--insecure", action="store_true", help="no encryption and no keys: for measuring their cost only")
     p.add_argument("--backend", choices=("auto", "torch", "numpy"), default="auto", help="what computes the FFN")
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="compute type")
+    p.add_argument(
+        "--dtype", choices=(AUTO, "float32", "float16", "bfloat16"), default=AUTO,
+        help="what torch holds and computes in where the shard is not int8 or int4 (default: the shard's own on a GPU; "
+        "float32 on a CPU, where it is the faster one); numpy holds float32",
+    )  # fmt: skip
     p.add_argument("--threads", type=count, default=1, help="threads of the CPU backend (default 1)")
     p.add_argument("--part-bytes", type=count, default=65536, help="largest part of a reply (default 65536)")
     p.add_argument("--emulated-row-s", type=rate, help="pad compute to a device that takes so long for a row")
@@ -136,7 +140,7 @@ def _serve(args: argparse.Namespace, stop: Callable[[], bool], shaper: UplinkSha
     experts.warm_up()
     keep_what_is_loaded()
     telemetry = Telemetry()
-    hello = _hello(args, manifest, pacing)
+    hello = _hello(args, manifest, pacing, experts)
     rows = _rows(args, hello.boot_id)
     link = Link(make_socket, hello, args.join_timeout_s, shaper=shaper)
     worker = Worker(
@@ -156,7 +160,7 @@ def _serve(args: argparse.Namespace, stop: Callable[[], bool], shaper: UplinkSha
         telemetry.close()
 
 
-def _hello(args: argparse.Namespace, manifest: Manifest, pacing: Pacing) -> Hello:
+def _hello(args: argparse.Namespace, manifest: Manifest, pacing: Pacing, experts: Experts) -> Hello:
     return Hello(
         protocol=PROTOCOL_VERSION,
         device=args.name,
@@ -164,6 +168,7 @@ def _hello(args: argparse.Namespace, manifest: Manifest, pacing: Pacing) -> Hell
         manifest_sha256=manifest_hash(manifest),
         experts_held=manifest.held_counts(args.name),
         emulated=pacing.told(),
+        computes=experts.backend,
     )
 
 

@@ -90,11 +90,14 @@ class ExpertGraph:
         self._x_RD, self._y_RD = torch.zeros_like(x_RD), torch.empty_like(x_RD, dtype=torch.float32)
         self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # not `torch.cuda.graph`, which collects garbage before each of hundreds
+        # Not `torch.cuda.graph`: it empties caches before each of hundreds; after an error its stream stays current.
+        with torch.cuda.stream(stream):
             self._y_RD.copy_(ffn(self._x_RD))  # kernels are loaded before they are recorded
             self._graph.capture_begin(pool=pool)
-            self._y_RD.copy_(ffn(self._x_RD))
-            self._graph.capture_end()
+            try:
+                self._y_RD.copy_(ffn(self._x_RD))
+            finally:
+                self._graph.capture_end()  # after an error too: until then the GPU takes no other work
         torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
@@ -119,6 +122,7 @@ class CudaExperts(TorchExperts):
             super().__init__(path, manifest, device, weight_format=weight_format, dtype=dtype)
         except RuntimeError as error:  # on a Jetson a full memory is not always torch's OutOfMemoryError
             raise CheckpointError(f"{path}: the GPU does not take the experts: {error!s:.200}") from error
+        self.backend += f" ({torch.cuda.get_device_name(self._device)})"
 
     def _room(self) -> tuple[int, str]:
         if torch.cuda.get_device_properties(self._device).is_integrated:  # CUDA's figure lacks what Linux can give back
@@ -171,10 +175,12 @@ class CudaExperts(TorchExperts):
                     continue
                 ffn = self._ffn(layer, expert)
                 x_RD = torch.zeros(rows, spec.width, device=self._device, dtype=self._dtype)
-                graph = _recorded(x_RD, ffn, pool, stream)
+                graph = _recorded(x_RD, ffn, pool, stream)  # the last one is held until then: a pool needs one
+                if graph is None:
+                    return
                 if (spec, rows) not in pays:
-                    pays[spec, rows] = graph is not None and self._gains(graph, ffn, x_RD)
-                if graph is not None and pays[spec, rows]:
+                    pays[spec, rows] = self._gains(graph, ffn, x_RD)
+                if pays[spec, rows]:
                     self._graphs[layer, expert, rows] = graph
 
     def _gains(self, graph: ExpertGraph, ffn: Ffn, x_RD: torch.Tensor) -> bool:
@@ -193,7 +199,7 @@ class CudaExperts(TorchExperts):
 
 
 def _recorded(x_RD: torch.Tensor, ffn: Ffn, pool: Any, stream: torch.cuda.Stream) -> ExpertGraph | None:
-    """None where torch or driver cannot record this: the expert then runs without a graph."""
+    """None where torch or driver cannot record this: experts then run without a graph."""
     try:
         return ExpertGraph(x_RD, ffn, pool, stream)
     except RuntimeError:

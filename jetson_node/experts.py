@@ -26,6 +26,7 @@ from testbed.wire.kept import KeptRows
 Float32 = NDArray[np.float32]
 Segments = Sequence[tuple[int, int]]  # (expert, rows)
 Backend = Literal["auto", "torch", "numpy"]
+AUTO = "auto"  # dtype: as `held_format` says
 
 
 class Experts(Protocol):
@@ -33,7 +34,7 @@ class Experts(Protocol):
     and all rows of an expert are in one segment, because the bits of a product depend on how many rows it has.
     """
 
-    backend: str
+    backend: str  # on what it computes, and in which weights
     staging_ns: int | None  # of the last block: copies between this machine's memory and the GPU's; None without a GPU
 
     def check(self, layer: int, segments: Segments, rows: int, width: int) -> None:
@@ -52,14 +53,15 @@ def make_experts(
     device: str,
     *,
     backend: Backend = "auto",
-    dtype: str = "float32",
+    dtype: str = AUTO,
     threads: int | None = None,
     weight_format: str | None = None,
 ) -> Experts:
     """The experts that the manifest places on `device`, from its shard in `split_dir`, once its sha256 is right.
 
-    backend: "auto" is torch where it is installed (CUDA where there is one), else numpy. dtype: what torch computes in
-    where the shard is float32, float16 or bfloat16; int8 and int4 compute in bfloat16, and numpy in float32 always.
+    backend: "auto" is torch where it is installed (CUDA where there is one), else numpy. dtype: what torch holds
+    and computes in where the shard is float32, float16 or bfloat16: "auto" is the shard's own on a GPU and float32 on a
+    CPU. int8 and int4 are held as they are and compute in bfloat16; numpy holds and computes in float32, always.
     threads: torch's, where given. weight_format: of the shard, the manifest's if None. Raises CheckpointError for a
     shard that is missing, damaged or incomplete, and for one that does not fit into memory.
     """
@@ -77,18 +79,27 @@ def make_experts(
     return torch_experts(path, manifest, device, weight_format=weight_format, dtype=dtype, threads=threads)
 
 
-def check_memory(path: Path, experts: int, needed_bytes: int, available_bytes: int, where: str) -> None:
-    """Raises CheckpointError where the experts of a shard do not fit: a board that swaps looks like a dead one."""
+def check_memory(path: Path, experts: int, needed_bytes: int, available_bytes: int, where: str, smaller: str) -> None:
+    """Raises CheckpointError where the experts of a shard do not fit: a board that swaps looks like a dead one.
+
+    `smaller` says what makes them take less.
+    """
     if needed_bytes > available_bytes:
         raise CheckpointError(
             f"{path}: {experts} experts need {needed_bytes / 1e9:.2f} GB, {where} has {available_bytes / 1e9:.2f} GB "
-            "free; split with weight format int8 or int4, or place fewer experts on this device"
+            f"free; {smaller}, or place fewer experts on this device"
         )
+
+
+def told(where: str, held: str, stored: str) -> str:
+    """What the log says a node computes on, and in which weights."""
+    return f"{where} {held}" if held == stored else f"{where} {held} from {stored}"
 
 
 class HeldExperts(ABC):
     """What every backend shares: which experts are here, and how a block is cut into them."""
 
+    backend: str
     staging_ns: int | None = None
 
     def __init__(self, manifest: Manifest, device: str) -> None:
@@ -118,16 +129,16 @@ class HeldExperts(ABC):
 class NumpyExperts(HeldExperts):
     """The reference: float32, one thread of Python."""
 
-    backend = "numpy"
-
     def __init__(self, path: Path, manifest: Manifest, device: str, *, weight_format: str) -> None:
         super().__init__(manifest, device)
-        if weight_format != "float32":
-            self.backend = f"numpy float32 from {weight_format}"
+        self.backend = told("numpy", "float32", weight_format)
         needed_bytes = sum(expert_bytes(spec, "float32") for spec in self._specs.values())
         with Shard(path) as shard:
             shard.check(self._specs, weight_format)
-            check_memory(path, len(self._specs), needed_bytes, psutil.virtual_memory().available, "this machine")
+            room = psutil.virtual_memory().available
+            check_memory(
+                path, len(self._specs), needed_bytes, room, "this machine", "install torch: numpy takes float32"
+            )
             self._weights = {
                 key: decoded(shard.expert(*key, spec, weight_format), spec, weight_format)
                 for key, spec in self._specs.items()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from testbed.runlog.schema import ROUND_COLUMNS, SPAN, span
+from testbed.runlog.columns import ROUND_COLUMNS, SPAN, span
 
 NAMES = [column.name for column in ROUND_COLUMNS]
 

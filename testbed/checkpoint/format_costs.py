@@ -22,6 +22,7 @@ BASELINE = "float16"
 ROWS = (1, 16, 128)
 COLD_BYTES = 64 << 20  # a node goes from expert to expert: copies of one, so that none stays in the cache
 LEAST_TURNS = 3
+PATIENCE_S = 2.0  # a turn so long varies little: there need not be three
 SLOWER = 1.1  # times the baseline: less is within what a shared machine varies
 ERROR_ROWS = 16
 
@@ -58,20 +59,21 @@ class FormatCost(NamedTuple):
                 self.speed.rows, self.speed.milliseconds, self.speed.baseline_milliseconds, strict=True
             )
         )
-        slower = self._slower_at()
+        slower = self.slower_at()
         verdict = f"; slower than {BASELINE} on this device at {', '.join(map(str, slower))} rows" if slower else ""
         return (
             f"{self.weight_format}: {mb:.4g} MB an expert ({BASELINE} {baseline_mb:.4g}), relative error "
-            f"{self.relative_error:.2g}; measured here, {self.threads} threads: {times}{verdict}"
+            f"{self.relative_error:.2g}; measured here, threads {self.threads}: {times}{verdict}"
         )
 
     def as_dict(self) -> dict[str, object]:
         """For machines."""
         return {
-            **self._asdict(), "baseline": BASELINE, "speed": self.speed._asdict(), "slower_at": self._slower_at()
+            **self._asdict(), "baseline": BASELINE, "speed": self.speed._asdict(), "slower_at": self.slower_at()
         }  # fmt: skip
 
-    def _slower_at(self) -> list[int]:
+    def slower_at(self) -> list[int]:
+        """Numbers of rows at which it is slower than the baseline on this machine."""
         return [] if self.weight_format == BASELINE else self.speed.slower_at()
 
 
@@ -87,7 +89,9 @@ def format_error(spec: FfnSpec, tensors: Tensors, fmt: str, x_RD: torch.Tensor) 
 def format_speed(
     spec: FfnSpec, tensors: Tensors, fmt: str, rows: Sequence[int] = ROWS, *, seconds: float = 0.3
 ) -> FormatSpeed:
-    """Times one expert in the format and in the baseline, in turn, `seconds` for each number of rows or three turns."""
+    """Times one expert in the format and in the baseline, in turn, for each number of rows: for `seconds`, or three
+    turns, or as many as begin in two seconds.
+    """
     formats = (fmt, BASELINE)
     runs = [_Run(spec, tensors, name) for name in formats]
     _fastest_ms([run.on(1) for run in runs], 0)  # the first products choose and load their kernels
@@ -135,10 +139,11 @@ class _Run:
 def _fastest_ms(steps: Sequence[Callable[[], object]], seconds: float) -> tuple[float, ...]:
     """Milliseconds of each step's fastest turn: what else the machine does can only add. The steps alternate."""
     times_ns: list[list[int]] = [[] for _ in steps]
-    end_ns = time.perf_counter_ns() + int(seconds * 1e9)
-    while len(times_ns[0]) < LEAST_TURNS or time.perf_counter_ns() < end_ns:
+    started_s, spent_s, turns = time.perf_counter(), 0.0, 0
+    while turns == 0 or spent_s < seconds or (turns < LEAST_TURNS and spent_s < PATIENCE_S):
         for step, taken_ns in zip(steps, times_ns, strict=True):
             began_ns = time.perf_counter_ns()
             step()
             taken_ns.append(time.perf_counter_ns() - began_ns)
+        turns, spent_s = turns + 1, time.perf_counter() - started_s
     return tuple(min(taken_ns) / 1e6 for taken_ns in times_ns)

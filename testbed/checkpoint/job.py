@@ -19,6 +19,7 @@ from testbed.checkpoint.conversion import Checkpoint
 from testbed.checkpoint.families import DTYPES, describe, empty_model, experts_of, top_k_of
 from testbed.checkpoint.ffn import tensor_name
 from testbed.checkpoint.manifest import BS_NAME, Dtype, Layer, file_entry, shard_name
+from testbed.checkpoint.own_code import CODE, allow_own_code
 from testbed.checkpoint.placement import Held, Placement, place
 from testbed.checkpoint.shard_writer import file_bytes
 from testbed.checkpoint.stored_formats import WeightFormat, expert_bytes
@@ -38,14 +39,22 @@ class Source:
     """A checkpoint looked at and not read. Raises CheckpointError for one that nodes could not compute."""
 
     model_dir: Path
+    name: str  # OWNER/NAME on the hub, or that of the folder
+    commit: str | None  # on the hub
+    has_own_code: bool
     model: Any  # its parameters on the meta device
     layers: tuple[Layer, ...]
     checkpoint: Checkpoint
 
     @classmethod
-    def of(cls, model_dir: Path) -> Source:
+    def of(
+        cls, model_dir: Path, *, name: str | None = None, commit: str | None = None, trusted: str | None = None
+    ) -> Source:
+        """trusted: the name of the model whose own code may run."""
         if not (model_dir / "config.json").is_file():
             raise CheckpointError(f"{model_dir}: no config.json; give the folder of a Hugging Face checkpoint")
+        name = name or model_dir.resolve().name or "model"
+        has_own_code = allow_own_code(model_dir, name, trusted)
         try:
             model = empty_model(model_dir, torch.float32, "eager")
         except StrictDataclassError as error:
@@ -68,8 +77,13 @@ class Source:
             raise CheckpointError(f"{model_dir / 'config.json'}: {where} {first['input']}: {first['msg']}") from error
         checkpoint = Checkpoint(model_dir, model)
         for layer in layers:
+            if layer.top_k > layer.experts:
+                raise CheckpointError(
+                    f"{model_dir / 'config.json'}: a gate that picks {layer.top_k} of {layer.experts} experts; "
+                    "download it again"
+                )
             check_layer(layer.path, modules[layer.path], layer.spec)
-        return cls(model_dir, model, layers, checkpoint)
+        return cls(model_dir, name, commit, has_own_code, model, layers, checkpoint)
 
     @property
     def experts_per_layer(self) -> list[int]:
@@ -94,13 +108,14 @@ class Source:
     def plain_entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return self.checkpoint.plain_entries()
 
-    def expert_bytes(self, weight_format: WeightFormat) -> list[int]:
+    def expert_bytes(self, weight_format: str) -> list[int]:
         """Bytes of one expert of each layer."""
         return [expert_bytes(layer.spec, weight_format) for layer in self.layers]
 
     def copied(self) -> list[Path]:
-        """What the base station needs beside the weights: config, tokenizer, generation settings."""
-        return sorted({path for pattern in COPIED for path in self.model_dir.glob(pattern) if path.is_file()})
+        """What the base station needs beside the weights: config, tokenizer, generation settings, the model's code."""
+        patterns = (*COPIED, CODE) if self.has_own_code else COPIED
+        return sorted({path for pattern in patterns for path in self.model_dir.glob(pattern) if path.is_file()})
 
     @property
     def has_tokenizer(self) -> bool:

@@ -54,7 +54,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     format: Literal[1] = 1
-    model_name: str = Field(min_length=1, max_length=256)
+    model_name: str = Field(min_length=1, max_length=256)  # OWNER/NAME on the hub, or that of its folder
+    hub_commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None = None  # None: it was a folder
     model_type: str = Field(min_length=1, max_length=128)
     model_hash: Sha256  # config and every tensor (name, dtype, shape, crc32): the same for every placement of a model
     source_hash: Sha256  # config, tokenizer and the weights' headers that the split was made from

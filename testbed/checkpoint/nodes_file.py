@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator
 
 from testbed.checkpoint.placement import Held
-from testbed.checkpoint.stored_formats import WeightFormat
+from testbed.checkpoint.stored_formats import ComputesOn, WeightFormat, held_format
 from testbed.config.base import DeviceName, ExpertIds, Positive, Section
 from testbed.config.loading import read_toml
 from testbed.errors import ConfigError
@@ -23,6 +23,7 @@ class NodeSection(Section):
     memory_gb: Positive | None = None  # that its experts may take, in 10^9 bytes; None: no limit is known
     speed: Positive = 1.0  # rows per second, in any unit that all nodes share
     weight_format: WeightFormat | None = None  # None: as the checkpoint has them
+    computes_on: ComputesOn = "gpu"  # by which it holds more than is stored, or does not: `held_format`
 
     @property
     def memory_bytes(self) -> float | None:
@@ -49,6 +50,10 @@ class NodesFile(Section):
     @property
     def names(self) -> list[str]:
         return [node.name for node in self.nodes]
+
+    def held_formats(self, default: WeightFormat) -> dict[str, str]:
+        """How each node will hold its experts in memory."""
+        return {node.name: held_format(node.weight_format or default, node.computes_on) for node in self.nodes}
 
     def weight_formats(self, default: WeightFormat) -> dict[str, WeightFormat]:
         """Of the nodes whose experts are stored as something else than the others'."""
@@ -79,7 +84,11 @@ def _validated(path: Path, content: dict[str, Any]) -> NodesFile:
         problems = error.errors(include_url=False)
         first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
-        known = "name, memory_gb, speed, weight_format" if where.startswith("node.") else "[[node]], [base_station]"
+        known = (
+            "name, memory_gb, speed, weight_format, computes_on"
+            if where.startswith("node.")
+            else "[[node]], [base_station]"
+        )
         hint = f"; known here are {known}" if first["type"] == "extra_forbidden" else ""
         hint = "; add a [[node]] table with its name and memory_gb" if where == "node" else hint
         raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}{hint}") from error

@@ -37,6 +37,7 @@ class Wishes:
 class NodePlan:
     name: str
     weight_format: str
+    held_as: str  # in its memory
     experts_by_layer: tuple[tuple[int, ...], ...]
     needs_bytes: int
     memory_bytes: float | None
@@ -57,14 +58,16 @@ class Plan:
     def document(self) -> dict[str, Any]:
         nodes = [
             {
-                **{"name": node.name, "weight_format": node.weight_format, "needs_bytes": node.needs_bytes},
-                **{"memory_bytes": node.memory_bytes, "load_share": node.load_share, "time_share": node.time_share},
+                **{"name": node.name, "weight_format": node.weight_format, "held_as": node.held_as},
+                **{"needs_bytes": node.needs_bytes, "memory_bytes": node.memory_bytes},
+                **{"load_share": node.load_share, "time_share": node.time_share},
             }
             for node in self.nodes
         ]
         station = {"needs_bytes": self.base_station_bytes, "memory_bytes": self.base_station_memory_bytes}
         return {
-            **{"model": str(self.source.model_dir), "layers": len(self.source.layers), "dtype": self.job.dtype},
+            **{"model": self.source.name, "hub_commit": self.source.commit},
+            **{"layers": len(self.source.layers), "dtype": self.job.dtype},
             **{"experts_per_layer": self.source.experts_per_layer, "total_bytes": self.job.total_bytes},
             **{"base_station": station, "nodes": nodes, "placement": self.mapping()},
             **{"block_time_against_default": self.against_default, "reasons": list(self.reasons)},
@@ -74,22 +77,23 @@ class Plan:
         return as_mapping(self.job.placement, self.job.devices)
 
     def as_toml(self) -> str:
-        lines = [f"# {self.source.model_dir.resolve().name}: {reason}" for reason in self.reasons]
+        lines = [f"# {self.source.name}: {reason}" for reason in self.reasons]
         lines += ["[placement]", *(f"{name} = {held}" for name, held in self.mapping().items())]
         return "\n".join(lines) + "\n"
 
     def table(self) -> Table:
-        heads = ["node", "experts", "format", "needs GB", "has GB", "share of load", "busy"]
+        heads = ["node", "experts", "stored as", "held as", "needs GB", "has GB", "share of load", "busy"]
         rows = [
             [
-                *(node.name, _experts(node.experts_by_layer), node.weight_format, f"{node.needs_bytes / 1e9:.2f}"),
-                *(_gigabytes(node.memory_bytes), f"{100 * node.load_share:.1f} %", f"{100 * node.time_share:.0f} %"),
+                *(node.name, _experts(node.experts_by_layer), node.weight_format, node.held_as),
+                *(f"{node.needs_bytes / 1e9:.2f}", _gigabytes(node.memory_bytes)),
+                *(f"{100 * node.load_share:.1f} %", f"{100 * node.time_share:.0f} %"),
             ]
             for node in self.nodes
         ]
         station = [f"{self.base_station_bytes / 1e9:.2f}", _gigabytes(self.base_station_memory_bytes), "-", "-"]
-        return table(f"Placement of {self.source.model_dir.resolve().name}", heads,
-                     [*rows, ["base station", "-", "as stored", *station]])  # fmt: skip
+        return table(f"Placement of {self.source.name}", heads,
+                     [*rows, ["base station", "-", "as stored", "as stored", *station]])  # fmt: skip
 
     def refuse_if_short(self) -> None:
         """Raises ConfigError naming the first node, or the base station, that has less memory than it needs."""
@@ -109,9 +113,9 @@ def make_plan(
     stored = dtype or source.stored_dtype
     usage_LE, words = _usage(source, wishes.usage)
     speeds = node_speeds(wishes.speeds, nodes.names) if wishes.speeds else {n.name: n.speed for n in nodes.nodes}
+    held = nodes.held_formats(stored)
     capacities = [
-        Capacity(n.name, tuple(source.expert_bytes(n.weight_format or stored)), n.memory_bytes, speeds[n.name])
-        for n in nodes.nodes
+        Capacity(n.name, tuple(source.expert_bytes(held[n.name])), n.memory_bytes, speeds[n.name]) for n in nodes.nodes
     ]
     mapping = given if given is not None else nodes.placement
     if mapping is None:
@@ -129,7 +133,7 @@ def make_plan(
     plan = Plan(
         source,
         job,
-        _node_plans(job, state),
+        _node_plans(job, state, held),
         job.bytes_of(BS_NAME),
         None if nodes.base_station.memory_gb is None else nodes.base_station.memory_gb * 1e9,
         against,
@@ -197,7 +201,7 @@ def _default_time(
     return _state(capacities, usage_LE, place(experts_per_layer, names)).block_time()
 
 
-def _node_plans(job: SplitJob, state: Balance) -> tuple[NodePlan, ...]:
+def _node_plans(job: SplitJob, state: Balance, held_as: Mapping[str, str]) -> tuple[NodePlan, ...]:
     rows_NL, times_NL = state.rows_NL(), state.times_NL()
     share_N = rows_NL.sum(1) / rows_NL.sum()
     busy_N = times_NL.mean(1) / times_NL.max(0).mean()
@@ -207,7 +211,7 @@ def _node_plans(job: SplitJob, state: Balance) -> tuple[NodePlan, ...]:
     }
     return tuple(
         NodePlan(
-            *(node.name, job.weight_format(node.name), held[node.name]),
+            *(node.name, job.weight_format(node.name), held_as[node.name], held[node.name]),
             sum(size * len(experts) for size, experts in zip(node.expert_bytes_L, held[node.name], strict=True)),
             *(node.memory_bytes, float(share), float(busy)),
         )

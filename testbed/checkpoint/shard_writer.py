@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -19,8 +20,10 @@ from testbed.checkpoint.tensor_files import DTYPE_NAMES
 from testbed.errors import CheckpointError
 
 Entries = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
-PIECE_BYTES = 8 << 20
-WRITE_BYTES = 256 << 10  # written at once
+PIECE_BYTES = 4 << 20  # written and hashed at once
+WINDOW_BYTES = 32 << 20  # sent to the disk at once, and out of the page cache a few windows later
+WINDOWS_KEPT = 4
+BEHIND_BYTES = 256 << 20  # by which hashing may be behind
 
 
 def file_bytes(entries: Entries) -> int:
@@ -44,21 +47,48 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return view
 
 
+class Hashing:
+    """Takes sha256 in a thread while others write; what is to be hashed is kept in memory until then."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._behind: deque[tuple[int, Future[None]]] = deque()
+        self._behind_bytes = 0
+
+    def __enter__(self) -> Hashing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def update(self, digest: hashlib._Hash, data: memoryview) -> None:
+        self.wait(BEHIND_BYTES)
+        self._behind.append((len(data), self._pool.submit(digest.update, data)))
+        self._behind_bytes += len(data)
+
+    def wait(self, behind_bytes: int = 0) -> None:
+        """Until no more than this is left to be hashed."""
+        while self._behind_bytes > behind_bytes:
+            size, hashed = self._behind.popleft()
+            hashed.result()
+            self._behind_bytes -= size
+
+
 class ShardWriter:
-    """`entries` says beforehand what will come, in this order. sha256 is taken on the way, by a thread of `hashing`.
+    """`entries` says beforehand what will come, in this order. sha256 is taken on the way, by `hashing`.
 
     `begun`: what a file that is there already held when its writing was last known to be whole; it is cut off there
     and read once. Raises CheckpointError if it holds something else.
     """
 
-    def __init__(self, path: Path, entries: Entries, hashing: Executor, begun: FileEntry | None = None) -> None:
+    def __init__(self, path: Path, entries: Entries, hashing: Hashing, begun: FileEntry | None = None) -> None:
         header = file_header(entries)
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in entries.values()]
         ends = list(accumulate(sizes, initial=len(header)))
         self._expected = list(entries.items())
         self._digest, self._hashing, self._path = hashlib.sha256(), hashing, path
+        self._next = self.bytes = self._sent_bytes = 0
         if begun is None:
-            self._next, self.bytes = 0, 0
             self._file: BinaryIO = path.open("wb")
             self._write(memoryview(header))
         else:
@@ -83,6 +113,7 @@ class ShardWriter:
     def mark(self) -> FileEntry:
         """What the file holds up to here."""
         self._file.flush()
+        self._hashing.wait()
         return FileEntry(sha256=self._digest.copy().hexdigest(), bytes=self.bytes)
 
     def sync(self) -> None:
@@ -102,13 +133,23 @@ class ShardWriter:
         return entry
 
     def _write(self, data: memoryview) -> None:
-        hashed = self._hashing.submit(self._digest.update, data)
-        try:
-            for start in range(0, len(data), WRITE_BYTES):
-                self._file.write(data[start : start + WRITE_BYTES])
-        finally:
-            hashed.result()  # `data` may be mapped memory that is gone afterwards
-        self.bytes += len(data)
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            self._hashing.update(self._digest, piece)
+            self._file.write(piece)
+            self.bytes += len(piece)
+            if self.bytes - self._sent_bytes >= WINDOW_BYTES:
+                self._send_window()
+
+    def _send_window(self) -> None:
+        """Starts to bring the latest window to the disk and gives the memory of those that are there to the next.
+
+        Fresh pages for all of a large file cost more than to hash and copy it: a virtual machine may have to ask its
+        host for each.
+        """
+        start = max(0, self._sent_bytes - WINDOWS_KEPT * WINDOW_BYTES)
+        os.posix_fadvise(self._file.fileno(), start, self.bytes - start, os.POSIX_FADV_DONTNEED)
+        self._sent_bytes = self.bytes
 
     def _read_back(self, begun: FileEntry) -> None:
         left = begun.bytes

@@ -6,7 +6,7 @@ import errno
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from testbed.checkpoint.manifest import (
 )
 from testbed.checkpoint.partial import Journal, Keeper, Partial
 from testbed.checkpoint.placement import Held
-from testbed.checkpoint.shard_writer import ShardWriter, raw_bytes
+from testbed.checkpoint.shard_writer import Hashing, ShardWriter, raw_bytes
 from testbed.checkpoint.stored_formats import WeightFormat
 from testbed.checkpoint.weight_formats import encode_expert
 from testbed.errors import CheckpointError
@@ -47,10 +47,11 @@ def split(
     placement: Mapping[str, Held] | None = None,
     dtype: Dtype | None = None,
     weight_formats: Mapping[str, WeightFormat] | None = None,
+    trusted: str | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Splits the checkpoint in `model_dir` into `out_dir` and returns the manifest. See `run_split`."""
-    job = SplitJob.of(Source.of(Path(model_dir)), devices, placement, dtype, weight_formats)
+    job = SplitJob.of(Source.of(Path(model_dir), trusted=trusted), devices, placement, dtype, weight_formats)
     return run_split(job, Path(out_dir), progress)
 
 
@@ -79,7 +80,9 @@ def run_split(job: SplitJob, out_dir: Path, progress: Progress | None = None) ->
 
 
 def _is_taken(out_dir: Path) -> bool:
-    return out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()))
+    if out_dir.exists() and not out_dir.is_dir():
+        raise CheckpointError(f"{out_dir}: is a file; name a folder that is not there yet")
+    return out_dir.exists() and any(out_dir.iterdir())
 
 
 def _existing(out_dir: Path, job: SplitJob) -> Manifest:
@@ -107,7 +110,7 @@ def _write(job: SplitJob, partial: Partial, progress: Progress | None) -> Manife
     identity = job.identity()
     journal = partial.journal(identity)
     _refuse_if_too_large(job, partial.path)
-    with ThreadPoolExecutor(1) as hashing, ExitStack() as closing:
+    with Hashing() as hashing, ThreadPoolExecutor(1) as checking, ExitStack() as closing:
         writers, begun = _open(job, partial, journal, hashing)
         for writer in writers.values():
             closing.callback(writer.close)
@@ -116,7 +119,7 @@ def _write(job: SplitJob, partial: Partial, progress: Progress | None) -> Manife
             for number, step in enumerate(job.steps(), start=1):
                 if begun and number <= begun.steps:
                     continue
-                _write_step(job, step, writers, checksums)
+                checksums |= _write_step(job, step, writers, checking)
                 if progress:
                     progress(sum(writer.bytes for writer in writers.values()), job.total_bytes)
                 keeper.keep_now_and_then(number, checksums)
@@ -132,7 +135,8 @@ def _write(job: SplitJob, partial: Partial, progress: Progress | None) -> Manife
 
 def _manifest(job: SplitJob, checksums: Mapping[str, int], files: Mapping[str, FileEntry]) -> Manifest:
     return Manifest(
-        model_name=job.source.model_dir.resolve().name,
+        model_name=job.source.name,
+        hub_commit=job.source.commit,
         model_type=job.source.model.config.model_type,
         model_hash=job.model_hash(checksums),
         source_hash=job.source_hash,
@@ -156,7 +160,7 @@ def _refuse_if_too_large(job: SplitJob, folder: Path) -> None:
 
 
 def _open(
-    job: SplitJob, partial: Partial, journal: Journal | None, hashing: ThreadPoolExecutor
+    job: SplitJob, partial: Partial, journal: Journal | None, hashing: Hashing
 ) -> tuple[dict[str, ShardWriter], Journal | None]:
     """The files as the journal has them; new ones where there is none, or where they are not what it says."""
     if journal is not None:
@@ -173,10 +177,15 @@ def _open(
     return {name: ShardWriter(partial.path / name, entries, hashing) for name, entries in job.entries.items()}, None
 
 
-def _write_step(job: SplitJob, step: Step, writers: Mapping[str, ShardWriter], checksums: dict[str, int]) -> None:
+def _write_step(job: SplitJob, step: Step, writers: Mapping[str, ShardWriter], checking: Executor) -> dict[str, int]:
+    """The checksums of its tensors, taken while they are written."""
     parts, named = _read(job, step)
-    for name, pieces in named.items():
-        checksums[name] = _crc32(pieces)
+    checked = {name: checking.submit(_crc32, pieces) for name, pieces in named.items()}
+    _write_parts(job, step, writers, parts)
+    return {name: checksum.result() for name, checksum in checked.items()}
+
+
+def _write_parts(job: SplitJob, step: Step, writers: Mapping[str, ShardWriter], parts: Pieces) -> None:
     if isinstance(step, str):
         writers[BS_NAME].add(step, parts[step])
         return
@@ -196,11 +205,12 @@ def _read(job: SplitJob, step: Step) -> tuple[Pieces, Pieces]:
         parts = {step: [job.source.checkpoint.plain(step)]}
         return parts, parts
     layer, expert, _ = step
-    parts = _canonical_expert(job, layer, expert)
+    parts = canonical_expert(job, layer, expert)
     return parts, {tensor_name(layer.index, expert, part): pieces for part, pieces in parts.items()}
 
 
-def _canonical_expert(job: SplitJob, layer: Layer, expert: int) -> Pieces:
+def canonical_expert(job: SplitJob, layer: Layer, expert: int) -> Pieces:
+    """By part, as `FfnSpec.shapes` names them, in the dtype of the job. Raises CheckpointError."""
     module = job.source.model.get_submodule(layer.path)
     weights = job.source.checkpoint.expert(layer.path, expert)
     if module.is_transposed or (module.has_gate and not module.is_concatenated):

@@ -23,11 +23,12 @@ from testbed.errors import CheckpointError
 
 WeightFormat = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+ComputesOn = Literal["gpu", "cpu", "numpy"]  # torch on a GPU, torch on a CPU, or no torch
 FLOAT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 SCALE_NAMES = {"int8": "scale", "int4": "scale_zero"}
 ROWS_AT_ONCE = 64
-GROUPS = (128, 64, 32)  # inputs that share a scale; every size is one that torch's int4 kernels know
+GROUP = 32  # inputs that share a scale in int4: the smallest that torch's kernels know, and no slower on a CPU than 128
 
 Float32 = NDArray[np.float32]
 
@@ -45,15 +46,19 @@ def check_format(fmt: str) -> None:
         raise CheckpointError(f"weight format {fmt!r}: use one of {', '.join(FORMATS)}")
 
 
-def group_size(inputs: int) -> int:
-    """Inputs that share a scale in int4: 128, or less where that leaves nothing to be filled up."""
-    return next((group for group in GROUPS if inputs % group == 0), GROUPS[-1])
+def held_format(fmt: str, computes_on: ComputesOn) -> str:
+    """How a node holds a shard's weights in memory if nobody says otherwise.
+
+    As they are stored, but for a CPU, where float16 and bfloat16 are slower than float32 from a few rows on, and for
+    numpy, which computes in float32 alone.
+    """
+    as_stored = computes_on == "gpu" or (computes_on == "cpu" and fmt not in FLOAT_NAMES)
+    return fmt if as_stored else "float32"
 
 
 def filled(inputs: int) -> int:
     """in': `inputs` filled up to whole groups."""
-    group = group_size(inputs)
-    return -(-inputs // group) * group
+    return -(-inputs // GROUP) * GROUP
 
 
 def stored_tensors(spec: FfnSpec, fmt: str) -> dict[str, Stored]:
@@ -74,15 +79,12 @@ def stored_tensors(spec: FfnSpec, fmt: str) -> dict[str, Stored]:
         else:
             width = filled(shape[1])
             stored[part] = Stored((shape[0], width // 2), "U8")
-            stored[f"{part}_scale_zero"] = Stored((shape[0], width // group_size(shape[1]), 2), "BF16")
+            stored[f"{part}_scale_zero"] = Stored((shape[0], width // GROUP, 2), "BF16")
     return stored
 
 
 def expert_bytes(spec: FfnSpec, fmt: str) -> int:
-    """Bytes of one expert in a shard, and in the memory of a node that computes in its format with torch.
-
-    A node without torch holds float32, whatever the format: `expert_bytes(spec, "float32")`.
-    """
+    """Bytes of one expert in a shard, and in the memory of a node that holds it in this format (`held_format`)."""
     return sum(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in stored_tensors(spec, fmt).values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ DTYPE_NAMES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
     torch.bool: "BOOL",
 }
+MAP_NORESERVE = 0x4000  # as Linux has it; Python names it from 3.13 on
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -57,31 +59,52 @@ class TensorFiles:
     """Tensors of a checkpoint by key."""
 
     def __init__(self, directory: Path) -> None:
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, _MappedFile] = {}
         for name in weight_files(directory):
-            try:
-                file: Any = safe_open(directory / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{directory / name}: {error!s:.200}; download it again") from error
-            self._where |= dict.fromkeys(file.keys(), file)
+            file = _MappedFile(directory / name)
+            self._where |= dict.fromkeys(file.header, file)
 
     def keys(self) -> list[str]:
         return sorted(self._where, key=dot_natural_key)
 
     def shape(self, key: str) -> torch.Size:
-        return torch.Size(self._where[key].get_slice(key).get_shape())
+        return torch.Size(self._where[key].header[key]["shape"])
 
     def dtype(self, key: str) -> torch.dtype:
         """Raises CheckpointError for a number format that torch does not know."""
-        name = self._where[key].get_slice(key).get_dtype()
+        name = self._where[key].header[key]["dtype"]
         if name not in DTYPES_BY_NAME:
             raise CheckpointError(f"{key}: stored as {name}; use a checkpoint in bf16")
         return DTYPES_BY_NAME[name]
 
     def tensor(self, key: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._where[key].get_tensor(key)
-        return tensor
+        raw, dtype = self._where[key].raw(key), self.dtype(key)
+        if raw.storage_offset() % dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(dtype).view(self.shape(key))
 
     def row(self, key: str, row: int) -> torch.Tensor:
-        tensor: torch.Tensor = self._where[key].get_slice(key)[row]
-        return tensor
+        return self.tensor(key)[row]
+
+
+class _MappedFile:
+    """A safetensors file of any size: mapped without asking for as much memory, which `safe_open` does for torch."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass  # its header is sound, and the file as long as that says
+            with path.open("rb") as file:
+                mapped = mmap.mmap(
+                    file.fileno(), 0, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error!s:.200}; download it again") from error
+        self._begin = 8 + int.from_bytes(mapped[:8], "little")
+        self.header: dict[str, dict[str, Any]] = json.loads(mapped[8 : self._begin])
+        self.header.pop("__metadata__", None)
+        self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def raw(self, key: str) -> torch.Tensor:
+        begin, end = self.header[key]["data_offsets"]
+        return self._bytes[self._begin + begin : self._begin + end]

@@ -15,10 +15,10 @@ from testbed.checkpoint.ffn import FfnSpec
 from testbed.checkpoint.stored_formats import (
     FLOAT_NAMES,
     FORMATS,
+    GROUP,
     WeightFormat,
     expert_bytes,
     filled,
-    group_size,
     stored_tensors,
 )
 from testbed.errors import CheckpointError
@@ -79,7 +79,7 @@ def _filled_rows(part: str, weight_OI: torch.Tensor) -> Iterator[torch.Tensor]:
         wide_OI = weight_OI[start : start + ROWS_AT_ONCE].to(torch.float32, copy=True)  # the encoders work in place
         if not wide_OI.isfinite().all():
             raise CheckpointError(f"{part}: a weight is not finite; the checkpoint is damaged, download it again")
-        yield F.pad(wide_OI, (0, filled(inputs) - inputs)).view(len(wide_OI), -1, group_size(inputs))
+        yield F.pad(wide_OI, (0, filled(inputs) - inputs)).view(len(wide_OI), -1, GROUP)
 
 
 def _to_int8(weight_OGI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,18 @@ DEFAULT_LOGS = Path("logs")
 # What subcommands have in common.
 LogsOption = Annotated[Path, typer.Option("--logs", metavar="FOLDER", help="The folder that holds the runs.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, its folder, or latest.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="End with one line that is one JSON document.")]
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Raises ConfigError where a file is there that must not be replaced, or where none can be."""
+    from testbed.errors import ConfigError
+
+    if path.exists() and (not force or path.is_dir()):
+        raise ConfigError(f"{path}: is there already; --force replaces a file, or name another one with --out")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent}: no such folder; make it, or name another file")
 
 
 class LateGroup(TyperGroup):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from testbed.cli.logs import DEFAULT_LOGS, JsonOption, LogsOption, RunArgument
+from testbed.cli.logs import DEFAULT_LOGS, ForceOption, JsonOption, LogsOption, RunArgument, check_new_file
 
 EXAMPLE = "Example: testbed logs export latest --table rounds --format csv --out rounds.csv"
 
@@ -40,13 +40,13 @@ def command(
     run: RunArgument = "latest",
     table: Annotated[Table, typer.Option(help="What of the run.")] = Table.ROUNDS,
     file_format: Annotated[Format, typer.Option("--format", help="CSV, Parquet, or one JSON array.")] = Format.CSV,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: ForceOption = False,
     logs: LogsOption = DEFAULT_LOGS,
     as_json: JsonOption = False,
 ) -> None:
     """Write a table of a run to a file. With the names of devices and policies; what is unknown stays empty."""
     from testbed.cli.output import console, print_json_line
-    from testbed.errors import ConfigError, RunLogError
+    from testbed.errors import RunLogError
     from testbed.runlog.catalog import describe_run, find_run
     from testbed.runlog.query import LogDatabase
     from testbed.runlog.segment import new_file
@@ -54,10 +54,7 @@ def command(
     found = describe_run(find_run(run, logs))
     if found.problem:
         raise RunLogError(found.problem)
-    if out.exists() and (not force or out.is_dir()):
-        raise ConfigError(f"{out}: is there already; --force replaces a file, or name another one")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent}: no such folder; make it, or name another file")
+    check_new_file(out, force=force)
     with LogDatabase([found]) as database, new_file(out) as temporary:
         rows = database.copy(table.value, temporary, OPTIONS[file_format])
     if as_json:

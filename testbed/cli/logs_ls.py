@@ -40,6 +40,7 @@ def command(
         console().print(shown)
     if any(_lacks_figures(run) for run in runs) and not sum_up:
         notes.append("- for a cut and a perplexity: not summed up yet; --sum-up does it, from the rows")
+    notes += [f"{run.run}: INCOMPLETE, rows {run.losses}" for run in runs if run.losses]
     for note in filter(None, [*(run.problem for run in runs), *notes]):
         console(stderr=True).print(note, soft_wrap=True)
 
@@ -70,6 +71,8 @@ def _sum_up(run: Run) -> str | None:
 def _cells(run: Run) -> list[str]:
     """The policies stand below each other, and so does what belongs to each."""
     state = run.state.value + (" (probe)" if run.kind == "probe" else "")
+    if run.losses:
+        state += "\nINCOMPLETE"
     played = "all" if run.emulated_devices == len(run.devices) else run.emulated_devices
     compute = f"{played} emulated" if run.emulated_devices else "measured"
     devices = f"{len(run.devices)}, {compute}" if run.devices else "-"

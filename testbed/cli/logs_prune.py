@@ -69,7 +69,7 @@ def _delete(run: Run) -> None:
     import os
     import shutil
 
-    from testbed.runlog.seal import hold
+    from testbed.runlog.events import hold
 
     lock = hold(run.directory)
     try:

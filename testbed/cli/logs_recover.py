@@ -33,19 +33,26 @@ def command(
     if as_json:
         print_json_line({"recovered": recovered, "failed": [str(error) for error in failed]})
     elif recovered:
-        rows = [[found["run"], *(_count(found[name]) for name in (*TABLES, "lost"))] for found in recovered]
-        heads = ["run", *TABLES, "lost on a full disk"]
+        rows = [[found["run"], *(_count(found[name]) for name in (*TABLES, "lost", "missing"))] for found in recovered]
+        heads = ["run", *TABLES, "lost on\na full disk", "missing after\na power cut"]
         console().print(table("Rows recovered", heads, rows))
     elif not failed:
         console().print(f"nothing to recover in {logs}", soft_wrap=True)
-    for error in failed[1:]:
-        console(stderr=True).print(str(error), soft_wrap=True)
+    for line in [*filter(None, map(_missing, recovered)), *map(str, failed[1:])]:
+        console(stderr=True).print(line, soft_wrap=True)
     if failed:
         raise failed[0]
 
 
 def _count(rows: int | None) -> str:
     return "unknown" if rows is None else str(rows)
+
+
+def _missing(outcome: dict[str, Any]) -> str | None:
+    if not outcome["missing"]:
+        return None
+    rest = f"; what is left of them stays in {', '.join(outcome['damaged'])}" if outcome["damaged"] else ""
+    return f"{outcome['run']}: {outcome['missing']} rows did not reach the disk whole and are missing{rest}"
 
 
 def _killed(folders: list[Path]) -> list[Path]:
@@ -56,24 +63,25 @@ def _killed(folders: list[Path]) -> list[Path]:
 
 
 def _recover(run_dir: Path) -> dict[str, Any] | RunLogError:
-    """The run, its rows per table that were in segments and are in Parquet now, and those of them that a full disk did
-    not take; or why it cannot be recovered."""
+    """The run, its rows per table that were in segments and are in Parquet now, how many a full disk or a power cut
+    took of all its rows, and segments that are kept for what is left of these; or why it cannot be recovered."""
     from testbed.errors import RunLogError
+    from testbed.runlog.catalog import describe_run
     from testbed.runlog.collect import collect_what_is_there
-    from testbed.runlog.schema import SEGMENT, TABLES
+    from testbed.runlog.schema import TABLES
     from testbed.runlog.seal import seal_run
-    from testbed.runlog.segment import read_segment
-
-    def counts(path: Path) -> tuple[int, int | None]:
-        segment = read_segment(path)  # not kept: while it is open, deleting it frees no room on the disk
-        return len(segment.records), segment.header["lost_rows"]
 
     try:
-        found = {table: [counts(path) for path in run_dir.glob(f"{table}-*{SEGMENT}")] for table in TABLES}
-        seal_run(run_dir)
+        sealed = seal_run(run_dir)
         collect_what_is_there(run_dir)
     except RunLogError as error:
         return error
-    rows = {table: sum(rows for rows, _ in parts) for table, parts in found.items()}
-    lost = [lost for parts in found.values() for _, lost in parts]
-    return {"run": run_dir.name, **rows, "lost": None if None in lost else sum(filter(None, lost))}
+    rows = {table: sum(part.rows for part in sealed if part.table == table) for table in TABLES}
+    losses = describe_run(run_dir).losses
+    return {
+        "run": run_dir.name,
+        **rows,
+        "lost": None if losses is None else losses.full_disk,
+        "missing": 0 if losses is None else losses.missing,
+        "damaged": [part.damaged.name for part in sealed if part.damaged is not None],
+    }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from testbed.cli.logs import DEFAULT_LOGS, JsonOption, LogsOption, RunArgument
+from testbed.cli.logs import DEFAULT_LOGS, ForceOption, JsonOption, LogsOption, RunArgument, check_new_file
 
 EXAMPLE = "Example: testbed logs report latest --out report.html --figures figures"
 
@@ -20,7 +20,7 @@ def command(
     figures: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Also write each figure as PNG and SVG into this folder.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: ForceOption = False,
     logs: LogsOption = DEFAULT_LOGS,
     as_json: JsonOption = False,
 ) -> None:
@@ -31,10 +31,7 @@ def command(
 
     run_dir = find_run(run, logs)
     page = out or run_dir / "report.html"
-    if page.exists() and (not force or page.is_dir()):
-        raise ConfigError(f"{page}: is there already; --force replaces a file, or name another one with --out")
-    if not page.parent.is_dir():
-        raise ConfigError(f"{page.parent}: no such folder; make it, or name another file")
+    check_new_file(page, force=force)
     if figures is not None and figures.exists() and not figures.is_dir():
         raise ConfigError(f"{figures}: is a file; name a folder for the figures")
 

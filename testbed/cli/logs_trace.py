@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from testbed.cli.logs import DEFAULT_LOGS, JsonOption, LogsOption, RunArgument
+from testbed.cli.logs import DEFAULT_LOGS, ForceOption, JsonOption, LogsOption, RunArgument, check_new_file
 
 EXAMPLE = "Example: testbed logs trace latest --policy 0 --rounds 0:200 --out trace.json.gz"
 
@@ -25,7 +25,7 @@ def command(
         Path | None,
         typer.Option(help="The file, gzipped if it ends in .gz; default: trace.json.gz of the run."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: ForceOption = False,
     logs: LogsOption = DEFAULT_LOGS,
     as_json: JsonOption = False,
 ) -> None:
@@ -36,7 +36,8 @@ def command(
 
     run_dir = find_run(run, logs)
     path = out or run_dir / "trace.json.gz"
-    figures = write_trace(run_dir, path, policy=policy, rounds=_range(rounds), replace=force).document()
+    check_new_file(path, force=force)
+    figures = write_trace(run_dir, path, policy=policy, rounds=_range(rounds)).document()
     facts = describe_run(run_dir)
     if as_json:
         size_bytes = path.stat().st_size

@@ -13,7 +13,7 @@ EXAMPLE = "Example: testbed place ./mixtral --nodes nodes.toml --usage logs/RUN 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or OWNER/NAME on the hub.")],
     nodes: Annotated[
-        Path, typer.Option(metavar="FILE", help="[[node]] tables: name, memory_gb, weight_format, speed.")
+        Path, typer.Option(metavar="FILE", help="[[node]] tables: name, memory_gb, speed, weight_format, computes_on.")
     ],
     usage: Annotated[
         Path | None, typer.Option(metavar="RUN", help="A run's folder: how often its gate chose each expert.")
@@ -41,12 +41,13 @@ def command(
     if out is not None and out.exists():
         raise ConfigError(f"--out {out}: is there already; name another file, or remove it")
 
-    from testbed.checkpoint.fetching import model_folder
+    from testbed.checkpoint.fetching import fetch
     from testbed.checkpoint.job import Source
     from testbed.checkpoint.planning import Wishes, make_plan
     from testbed.cli.output import console, print_json_line
 
-    source = Source.of(model_folder(model, revision=revision, trusted=trusted))
+    found = fetch(model, revision=revision, trusted=trusted, headers_only=True)
+    source = Source.of(found.folder, name=found.name, commit=found.commit, trusted=trusted)
     plan = make_plan(source, boards, Wishes(usage, speeds, replicas, by_layer), dtype=None)
     if out is not None:
         out.write_text(plan.as_toml())

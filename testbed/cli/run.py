@@ -59,14 +59,20 @@ def command(
 
     from testbed.cli.output import console, print_json_line
     from testbed.experiment.placements import over_placements
-    from testbed.experiment.results import Results
+    from testbed.experiment.results import IncompleteRunError, Results
     from testbed.experiment.run import run_experiment
     from testbed.experiment.table import placements_notes, placements_table, results_notes, results_table
+
+    incomplete: list[IncompleteRunError] = []
 
     def run(more: Sequence[str] = ()) -> Results:
         one, display = load([*changes, *more]), console(stderr=True)
         told = None if boards is None else boards(display)
-        return run_experiment(one, config_path=file, out=out, insecure=insecure, display=display, boards=told)
+        try:
+            return run_experiment(one, config_path=file, out=out, insecure=insecure, display=display, boards=told)
+        except IncompleteRunError as error:  # its figures are shown all the same
+            incomplete.append(error)
+            return error.results
 
     if placements > 1:
         placed = over_placements(config, placements, run)
@@ -80,3 +86,5 @@ def command(
         console().print(shown)
         for note in notes:
             console().print(note, soft_wrap=True)
+    if incomplete:
+        raise incomplete[0]

@@ -18,7 +18,7 @@ EXAMPLE = "Example: testbed split mistralai/Mixtral-8x7B-v0.1 --nodes nodes.toml
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or OWNER/NAME on the hub.")],
     nodes: Annotated[
-        Path, typer.Option(metavar="FILE", help="[[node]] tables: name, memory_gb, weight_format, speed.")
+        Path, typer.Option(metavar="FILE", help="[[node]] tables: name, memory_gb, speed, weight_format, computes_on.")
     ],
     out: Annotated[Path | None, typer.Option(help="Folder that the split becomes; appears when it is whole.")] = None,
     placement: Annotated[
@@ -47,20 +47,24 @@ def command(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     from testbed.checkpoint.families import DTYPES
-    from testbed.checkpoint.fetching import model_folder
+    from testbed.checkpoint.fetching import fetch
     from testbed.checkpoint.job import Source
     from testbed.checkpoint.planning import Wishes, make_plan
     from testbed.checkpoint.split import run_split
+    from testbed.checkpoint.split_costs import split_costs
     from testbed.cli.output import console, print_json_line
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: weights are stored in {', '.join(DTYPES)}")
-    source = Source.of(model_folder(model, revision=revision, trusted=trusted))
+    found = fetch(model, revision=revision, trusted=trusted, headers_only=is_dry_run)
+    source = Source.of(found.folder, name=found.name, commit=found.commit, trusted=trusted)
     plan = make_plan(source, boards, Wishes(), given=given, dtype=dtype)
     display = console()
-    document = {**plan.document(), "written": None}
+    costs = split_costs(plan.job, console(stderr=True), read_weights=not is_dry_run)
+    document = {**plan.document(), **costs.document(), "written": None}
     if not as_json:
         display.print(plan.table())
+        costs.show(display)
     if not source.has_tokenizer:
         console(stderr=True).print(
             f"warning: {model}: no tokenizer in it; the split works, but a run on text needs tokenizer.json in it",

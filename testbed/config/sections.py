@@ -38,6 +38,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # Where the BS computes attention, gate and lm_head. A run file means the same everywhere unless it says otherwise.
     device: Literal["auto", "cpu", "cuda"] = "cpu"
+    trust_remote_code: str | None = None  # the name of the model whose own code may run at the BS
 
     @property
     def folder(self) -> Path:

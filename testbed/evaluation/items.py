@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from testbed.demo.corpus import Document
 from testbed.evaluation import kinds
 from testbed.evaluation.kinds import Candidate, Find
-from testbed.evaluation.source import Source, fingerprint, read_source, seen_in_training
+from testbed.evaluation.source import fingerprint, read_source, seen_in_training
 
+STDLIB, EVERY_KIND = "stdlib", "stdlib_all"  # tags: the tasks chosen, and all that were tried
+FRESH = "stdlib_fresh"  # further items of the tasks chosen: none of them had a part in choosing
 ITEMS_PER_KIND = 120
 ITEMS_PER_FILE = 6  # of one kind
 NAME = r"^\s*([A-Za-z_][A-Za-z_0-9]*)"
@@ -27,7 +29,7 @@ class Kind:
     find: Find
     largest_share: float  # of the items that may have the same answer
     answer: str = ""  # a regular expression whose group is the answer in what was generated
-    in_stdlib: bool = True  # one of `--tasks stdlib`
+    tags: tuple[str, ...] = (STDLIB, EVERY_KIND)
 
 
 # In `stdlib`: those where the 95 % interval of the plain demo model is 25 points above chance (docs/evaluation.md).
@@ -37,8 +39,8 @@ KINDS = (
     Kind("stdlib_lines", kinds.lines, 0.05),
     Kind("stdlib_attributes", kinds.attributes, 0.05, NAME),
     Kind("stdlib_assignments", kinds.assignments, 0.05, NAME),
-    Kind("stdlib_statements", kinds.statements, 1 / len(kinds.STATEMENTS), in_stdlib=False),
-    Kind("stdlib_line_ends", kinds.line_ends, 0.1, LINE, in_stdlib=False),
+    Kind("stdlib_statements", kinds.statements, 1 / len(kinds.STATEMENTS), tags=(EVERY_KIND,)),
+    Kind("stdlib_line_ends", kinds.line_ends, 0.1, LINE, tags=(EVERY_KIND,)),
 )
 
 
@@ -67,16 +69,26 @@ class Task:
 
 
 def make_items(held_out: Iterable[Document], training: Iterable[Document]) -> list[Task]:
-    """Every kind with its items. What stands in a training file with the line before it is left out."""
+    """Every kind with its items, and then fresh items of those chosen, where there are any more.
+
+    What stands in a training file with the line before it is left out.
+    """
     sources = [source for source in map(read_source, held_out) if source is not None]
     seen = seen_in_training(training)
-    return [Task(kind, _chosen(kind, sources, seen)) for kind in KINDS]
+    tasks, fresh = [], []
+    for kind in KINDS:
+        found = [item for source in sources for item in kind.find(source) if fingerprint(item.lines) not in seen]
+        found.sort(key=lambda item: hashlib.sha256(f"{kind.name}\n{item.path}\n{item.place}".encode()).digest())
+        tasks.append(Task(kind, _chosen(kind, found)))
+        asked = {item.context for item in tasks[-1].items}
+        more = _chosen(kind, [item for item in found if item.context not in asked]) if STDLIB in kind.tags else ()
+        if more:
+            fresh.append(Task(replace(kind, name=kind.name.replace(STDLIB, FRESH), tags=(FRESH,)), more))
+    return [*tasks, *fresh]
 
 
-def _chosen(kind: Kind, sources: Sequence[Source], seen: frozenset[bytes]) -> tuple[Candidate, ...]:
-    """The first by a hash of path and place, with no file and no answer too often among them."""
-    found = [item for source in sources for item in kind.find(source) if fingerprint(item.lines) not in seen]
-    found.sort(key=lambda item: hashlib.sha256(f"{kind.name}\n{item.path}\n{item.place}".encode()).digest())
+def _chosen(kind: Kind, found: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """The first of them, with no file and no answer too often among them."""
     per_answer: Counter[str] = Counter()
     per_file: Counter[str] = Counter()
     chosen: list[Candidate] = []

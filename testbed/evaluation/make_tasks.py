@@ -21,7 +21,6 @@ from testbed.errors import ConfigError, WdmoeError
 from testbed.evaluation.items import Task, make_items
 from testbed.paths import cache_directory
 
-STDLIB, EVERY_KIND = "stdlib", "stdlib_all"  # tags: the tasks chosen, and all that were tried
 FACTS = "items.json"
 GENERATED_TOKENS = 6
 
@@ -84,7 +83,7 @@ def _settings(task: Task, items: Path) -> dict[str, Any]:
     kind = task.kind
     shared = {
         "task": kind.name,
-        "tag": [STDLIB, EVERY_KIND] if kind.in_stdlib else [EVERY_KIND],
+        "tag": list(kind.tags),
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(items)}},
         "test_split": "test",

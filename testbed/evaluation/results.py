@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from testbed.errors import RunLogError
 from testbed.evaluation.accuracy import mean_interval, paired_difference
 from testbed.experiment.emulated_time import EMULATED_ROUND, with_emulated_times
-from testbed.experiment.results import Results, prompt_sums_s, summarise
+from testbed.experiment.policy_rows import prompt_sums_s
+from testbed.experiment.results import Results, kept_and_dropped, summarise
 from testbed.experiment.statistics import paired_cut_interval
 from testbed.runlog.reader import read_events, read_manifest, read_table
 from testbed.runlog.schema import GenerationPhase
@@ -52,11 +53,13 @@ class TaskResult:
     prefill_cut_high: float | None
     decode_token_rounds_p50_s: float | None  # the expert rounds of one generated token, all layers
     decode_sum_s: float
+    kept_fraction: float | None  # of the pairs (token, expert) that the gate chose
+    dropped_mass: float | None  # share of the gate's weight whose own expert was not computed
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResults:
-    """`overall` holds what is a policy's and not a task's: mass dropped, losses, whether the run is valid."""
+    """`overall` holds what is a policy's and not a task's: losses, bytes, whether the run is valid."""
 
     overall: Results
     rows: list[TaskResult]
@@ -84,12 +87,13 @@ def summarise_evaluation(run_dir: Path) -> EvaluationResults:
         raise RunLogError(f"{run_dir}: holds no evaluation; name a run of `testbed eval`")
     rounds = with_emulated_times(run_dir, read_table(run_dir, "rounds"), manifest, events)
     rounds = rounds.filter(pc.equal(rounds["device"], 0))  # a round's time stands in the row of every device
+    tokens = read_table(run_dir, "tokens")
     per_policy = [[event for event in evaluated if event["policy"] == p] for p in range(len(manifest["policies"]))]
     per_policy = [[*mine, _all_of(mine)] if len(mine) > 1 else mine for mine in per_policy]
     rows = []
     for label, mine in zip(manifest["policies"], per_policy, strict=True):
         for event, first in zip(mine, per_policy[0], strict=True):
-            rows.append(_task_result(label, event, first, rounds, manifest["layers"]))
+            rows.append(_task_result(label, event, first, rounds, tokens, manifest["layers"]))
     return EvaluationResults(summarise(run_dir), rows)
 
 
@@ -106,15 +110,16 @@ def _all_of(events: list[Event]) -> Event:
     }
 
 
-def _task_result(label: str, event: Event, first: Event, rounds: pa.Table, layers: int) -> TaskResult:
+def _task_result(label: str, event: Event, first: Event, rounds: pa.Table, tokens: pa.Table, layers: int) -> TaskResult:
     if event["items"] != first["items"]:
         raise RunLogError(f"task {event['task']}: policies were asked different items; run the evaluation again")
     accuracy = mean_interval(event["scores"])
     difference = paired_difference(event["scores"], first["scores"])
-    mine, reference = _rounds_of(rounds, event), _rounds_of(rounds, first)
+    mine, reference = _rows_of(rounds, event), _rows_of(rounds, first)
     block_s = _seconds(mine, GenerationPhase.PREFILL)
     token_s = _seconds(mine, GenerationPhase.DECODE).reshape(-1, layers).sum(axis=1)
     cut = paired_cut_interval(prompt_sums_s(mine), prompt_sums_s(reference))
+    kept_fraction, dropped_mass = kept_and_dropped(_rows_of(tokens, event))
     return TaskResult(
         policy=label,
         task=event["task"],
@@ -137,14 +142,16 @@ def _task_result(label: str, event: Event, first: Event, rounds: pa.Table, layer
         prefill_cut_high=_known(cut.high),
         decode_token_rounds_p50_s=_percentile(token_s, 50),
         decode_sum_s=float(token_s.sum()),
+        kept_fraction=_known(kept_fraction),
+        dropped_mass=_known(dropped_mass),
     )
 
 
-def _rounds_of(rounds: pa.Table, event: Event) -> pa.Table:
+def _rows_of(table: pa.Table, event: Event) -> pa.Table:
     first = event["first_prompt"]
-    mine = pc.equal(rounds["policy"], event["policy"])
-    mine = pc.and_(mine, pc.greater_equal(rounds["prompt"], first))
-    return rounds.filter(pc.and_(mine, pc.less(rounds["prompt"], first + event["prompts"])))
+    mine = pc.equal(table["policy"], event["policy"])
+    mine = pc.and_(mine, pc.greater_equal(table["prompt"], first))
+    return table.filter(pc.and_(mine, pc.less(table["prompt"], first + event["prompts"])))
 
 
 def _seconds(rounds: pa.Table, phase: GenerationPhase) -> Floats:

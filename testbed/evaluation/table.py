@@ -15,10 +15,8 @@ COLUMNS = ["task", "policy", "items", "accuracy\n% (95 %)", "against the first\n
 
 def evaluation_table(results: EvaluationResults) -> Table:
     """A row per task and policy, task by task."""
-    dropped = {policy: row.dropped_mass for policy, row in zip(results.policies, results.overall.rows, strict=True)}
-    over_all = ALL if ALL in results.tasks else results.tasks[-1]
     rows = [
-        _cells(row, dropped[row.policy] if row.task == over_all else None, first=row.policy == results.policies[0])
+        _cells(row, first=row.policy == results.policies[0])
         for task in results.tasks
         for row in results.rows
         if row.task == task
@@ -38,7 +36,7 @@ def evaluation_notes(results: EvaluationResults) -> list[str]:
     ]
 
 
-def _cells(row: TaskResult, dropped: float | None, *, first: bool) -> list[str]:
+def _cells(row: TaskResult, *, first: bool) -> list[str]:
     return [
         row.task,
         row.policy,
@@ -50,7 +48,7 @@ def _cells(row: TaskResult, dropped: float | None, *, first: bool) -> list[str]:
         f"{row.prefill_block_sum_s:.2f}",
         UNKNOWN if first else _with_interval(row.prefill_cut, row.prefill_cut_low, row.prefill_cut_high),
         _ms(row.decode_token_rounds_p50_s),
-        UNKNOWN if dropped is None else f"{100 * dropped:.1f} %",
+        UNKNOWN if row.dropped_mass is None else f"{100 * row.dropped_mass:.1f} %",
     ]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import ConfigError
-from testbed.evaluation.make_tasks import STDLIB, cached_tasks
+from testbed.evaluation.items import STDLIB
+from testbed.evaluation.make_tasks import cached_tasks
 
 FEWSHOT_SEED = 1234  # lm-evaluation-harness's own
 QUIET = ("lm_eval", "huggingface_hub", "datasets", "httpx2")

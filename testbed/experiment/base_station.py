@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from bs_node.band import Band, BandPlan
 from bs_node.learning import Estimates
-from bs_node.model import load_bs_model
+from bs_node.model import load_bs_model, load_tokenizer
 from bs_node.probing import Prober
 from bs_node.registry import Node, Registry
 from bs_node.remote_experts import IMPLEMENTATION, attach
@@ -80,11 +79,14 @@ class BaseStation:
             probe_after_s=config.estimator.probe_after_s if config.estimator.estimates == "online" else None,
             band=band,
         )
-        self.model = load_bs_model(split_dir, manifest, config.model.dtype, IMPLEMENTATION, config.model.device)
+        model = config.model
+        self.model = load_bs_model(
+            *(split_dir, manifest, model.dtype, IMPLEMENTATION, model.device), trusted=model.trust_remote_code
+        )
         attach(self.model, manifest, self.session)
         self.model.register_forward_pre_hook(self._note_phase, with_kwargs=True)
         keep_what_is_loaded()
-        self.tokenizer = AutoTokenizer.from_pretrained(split_dir)
+        self.tokenizer = load_tokenizer(split_dir, manifest)
         self.use_policy(0)
 
     def token_ids(self, text: str) -> list[int]:
@@ -135,6 +137,13 @@ class BaseStation:
     def emulated(self) -> dict[str, Any]:
         """What the nodes said of themselves when they joined."""
         return {node.name: node.emulated for node in self._registry.nodes if node.emulated}
+
+    def computes(self) -> dict[str, Any]:
+        """On what base station and nodes compute, and in which weights: what "auto" became."""
+        where = self.model.device
+        gpu = f" ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else ""
+        station = f"torch {where.type} {self._config.model.dtype}{gpu}"
+        return {"base_station": station, "nodes": {node.name: node.computes for node in self._registry.nodes}}
 
     def use_policy(self, index: int) -> None:
         """Let this policy of the run file choose from now on."""

@@ -29,7 +29,8 @@ def split_model(config: RunConfig) -> tuple[Path, Manifest]:
     devices = [device.name for device in config.devices]
     wanted = json.dumps([FORMAT, str(source), fingerprint(source), devices, config.placement], sort_keys=True)
     out_dir = cache_directory() / "splits" / hashlib.sha256(wanted.encode()).hexdigest()[:16]
-    return out_dir, split(source, out_dir, devices, placement=config.placement)
+    trusted = config.model.trust_remote_code
+    return out_dir, split(source, out_dir, devices, placement=config.placement, trusted=trusted)
 
 
 def _split_already(folder: Path, config: RunConfig) -> Manifest:

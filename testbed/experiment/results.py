@@ -12,18 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from testbed.errors import RunLogError
 from testbed.experiment.emulated_time import (
-    EMULATED_ROUND,
     OVERRUN_ABOVE,
     OVERRUNS_ALLOWED,
     eq8_sum_s,
     overhead_of_rounds,
     with_emulated_times,
 )
+from testbed.experiment.policy_rows import Cuts, Taken, cuts, round_s
 from testbed.experiment.run_energy import Board, JoulePerToken, joule_per_token, measured_boards
-from testbed.experiment.statistics import CutInterval, paired_cut_interval
-from testbed.runlog.reader import read_events, read_manifest, read_table
-from testbed.runlog.schema import GenerationPhase, Status
+from testbed.experiment.whole_prompts import only_whole_prompts
+from testbed.runlog.reader import Losses, losses, read_events, read_manifest, read_table
+from testbed.runlog.schema import TABLES, GenerationPhase, Status
 
 Floats = NDArray[np.float64]
 
@@ -77,6 +78,7 @@ class Results:
     links: str
     rows: list[PolicyResult]
     boards: dict[str, Board]  # those that reported power of their own
+    losses: Losses  # rows of the log; where there are any, figures are of the prompts that lost none
 
     @property
     def valid(self) -> bool:
@@ -90,9 +92,18 @@ class Results:
             "emulated": self.emulated,
             "links": self.links,
             "valid": self.valid,
+            "losses": self.losses._asdict(),
             "rows": [asdict(row) for row in self.rows],
             "boards": {name: board.at_rest() for name, board in self.boards.items()},
         }
+
+
+class IncompleteRunError(RunLogError):
+    """Everything was run, and not everything could be kept. What was, and its figures, are in `results`."""
+
+    def __init__(self, text: str, results: Results) -> None:
+        super().__init__(text)
+        self.results = results
 
 
 def summarise(run_dir: Path) -> Results:
@@ -100,24 +111,23 @@ def summarise(run_dir: Path) -> Results:
     manifest = read_manifest(run_dir)
     rounds, tokens, events = read_table(run_dir, "rounds"), read_table(run_dir, "tokens"), read_events(run_dir)
     rounds = with_emulated_times(run_dir, rounds, manifest, events)
-    boards = measured_boards(rounds, manifest, events)
+    lost = losses(run_dir, *TABLES)
+    if lost:
+        of_rounds = losses(run_dir, "rounds")
+        rounds, tokens = only_whole_prompts(rounds, tokens, of_rounds, len(manifest["devices"]))
+    # Joules are of all that was done, tokens only of what was recorded.
+    boards = {} if lost else measured_boards(rounds, manifest, events)
     energy = joule_per_token(rounds, manifest, events, boards)
     invalid_above = float(manifest["config"]["on_loss"]["invalid_above"])
-    rows: list[PolicyResult] = []
-    eq8_s: list[float] = []
-    prompt_s: list[Floats] = []
-    for index, spec in enumerate(manifest["config"]["policy"]):
-        mine = [event for event in events if event.get("policy") == index]
-        prompt_s.append(prompt_sums_s(_only(rounds, index)))
-        cut = paired_cut_interval(prompt_s[-1], prompt_s[0])
-        eq8_s.append(eq8_sum_s(_only(tokens, index), mine))
-        row = _policy_result(
-            spec, _params(manifest, index), _only(rounds, index), _only(tokens, index), mine,
-            len_layers=manifest["layers"], cut=cut, eq8_s=eq8_s, first=rows[0] if rows else None,
-            invalid_above=invalid_above, energy=energy[index],
-        )  # fmt: skip
-        rows.append(row)
-    return Results(run_dir.name, run_dir, manifest["emulated"], manifest["links"], rows, boards)
+    taken = [Taken.of(index, rounds, tokens, events) for index in range(len(manifest["config"]["policy"]))]
+    rows = [
+        _policy_result(
+            spec, _params(manifest, index), mine, cuts(mine, taken[0]), len_layers=manifest["layers"],
+            invalid_above=invalid_above, energy=energy[index], only_recorded=bool(lost),
+        )
+        for index, (spec, mine) in enumerate(zip(manifest["config"]["policy"], taken, strict=True))
+    ]  # fmt: skip
+    return Results(run_dir.name, run_dir, manifest["emulated"], manifest["links"], rows, boards, lost)
 
 
 def _params(manifest: dict[str, Any], index: int) -> dict[str, Any]:
@@ -128,30 +138,27 @@ def _params(manifest: dict[str, Any], index: int) -> dict[str, Any]:
     return {key: value for key, value in spec.items() if key not in ("name", "bandwidth", "period")}
 
 
-def _only(table: pa.Table, policy: int) -> pa.Table:
-    return table.filter(pc.equal(table["policy"], policy))
-
-
 def _policy_result(
     spec: dict[str, Any],
     params: dict[str, Any],
-    rounds: pa.Table,
-    tokens: pa.Table,
-    events: list[dict[str, Any]],
+    taken: Taken,
+    cut: Cuts,
     *,
     len_layers: int,
-    cut: CutInterval,
-    eq8_s: list[float],
-    first: PolicyResult | None,
     invalid_above: float,
     energy: JoulePerToken,
+    only_recorded: bool,
 ) -> PolicyResult:
+    rounds, tokens, events = taken
+    if only_recorded:
+        recorded = set(rounds["prompt"].to_pylist())
+        events = [event for event in events if event.get("prompt") in recorded]
     scored = [event for event in events if event["kind"] == "scored"]
     predicted = sum(event["tokens"] for event in scored)
     token_s = np.array([s for event in events if event["kind"] == "generated" for s in event["token_s"]])
-    block_s = _round_s(rounds, GenerationPhase.PREFILL)
-    decode_rounds_s = _round_s(rounds, GenerationPhase.DECODE).reshape(-1, len_layers).sum(axis=1)
-    real_rounds_s = _round_s(rounds, GenerationPhase.DECODE, "round_ns").reshape(-1, len_layers).sum(axis=1)
+    block_s = round_s(rounds, GenerationPhase.PREFILL)
+    decode_rounds_s = round_s(rounds, GenerationPhase.DECODE).reshape(-1, len_layers).sum(axis=1)
+    real_rounds_s = round_s(rounds, GenerationPhase.DECODE, "round_ns").reshape(-1, len_layers).sum(axis=1)
     if len(token_s) == len(real_rounds_s):  # else a prompt of one token was a decoded one by its looks
         token_s = token_s - real_rounds_s + decode_rounds_s  # the base station's own compute is not stretched
     overhead = overhead_of_rounds(rounds)
@@ -159,7 +166,7 @@ def _policy_result(
     status = rounds["status"].to_numpy()
     orphaned = int(pc.sum(tokens["orphaned"]).as_py() or 0)
     orphaned_fraction = orphaned / max(1, tokens.num_rows)
-    kept_fraction, dropped_mass = _kept(tokens)
+    kept_fraction, dropped_mass = kept_and_dropped(tokens)
     return PolicyResult(
         policy=spec["name"],
         params=params,
@@ -168,13 +175,13 @@ def _policy_result(
         prefill_block_p50_s=_percentile(block_s, 50),
         prefill_block_p95_s=_percentile(block_s, 95),
         prefill_block_sum_s=float(block_s.sum()),
-        eq8_sum_s=eq8_s[-1],
-        eq8_cut=_cut(eq8_s[-1], eq8_s[0]),
-        decode_sum_s=float(decode_rounds_s.sum()),
-        decode_cut=_cut(float(decode_rounds_s.sum()), first.decode_sum_s if first else float(decode_rounds_s.sum())),
-        prefill_cut=cut.cut,
-        prefill_cut_low=cut.low,
-        prefill_cut_high=cut.high,
+        eq8_sum_s=eq8_sum_s(tokens, events),
+        eq8_cut=cut.eq8,
+        decode_sum_s=taken.decode_s,
+        decode_cut=cut.decode,
+        prefill_cut=cut.prefill.cut,
+        prefill_cut_low=cut.prefill.low,
+        prefill_cut_high=cut.prefill.high,
         decode_rounds_p50_s=_percentile(decode_rounds_s, 50),
         decode_rounds_p95_s=_percentile(decode_rounds_s, 95),
         decode_token_p50_s=_percentile(token_s, 50),
@@ -197,24 +204,11 @@ def _policy_result(
     )
 
 
-def _round_s(rounds: pa.Table, phase: GenerationPhase, column: str = EMULATED_ROUND) -> Floats:
-    """Seconds of each expert round of a phase, once per round, in their order."""
-    chosen = rounds.filter(pc.and_(pc.equal(rounds["phase"], int(phase)), pc.equal(rounds["device"], 0)))
-    seconds: Floats = chosen[column].to_numpy() / 1e9
-    return seconds
+def kept_and_dropped(tokens: pa.Table) -> tuple[float, float]:
+    """Share of pairs computed, and share of the gate's weight whose own expert was not: dropped, or substituted.
 
-
-def prompt_sums_s(rounds: pa.Table) -> Floats:
-    """Seconds of all prefill rounds of each prompt, in the prompts' order."""
-    chosen = rounds.filter(
-        pc.and_(pc.equal(rounds["phase"], int(GenerationPhase.PREFILL)), pc.equal(rounds["device"], 0))
-    )
-    _, prompt_R = np.unique(chosen["prompt"].to_numpy(), return_inverse=True)
-    return np.bincount(prompt_R, chosen[EMULATED_ROUND].to_numpy() / 1e9).astype(float)
-
-
-def _kept(tokens: pa.Table) -> tuple[float, float]:
-    """Share of pairs computed, and share of the gate's weight whose own expert was not: dropped, or substituted."""
+    NaN of no tokens.
+    """
     if tokens.num_rows == 0:
         return math.nan, math.nan
     kept_P = pc.list_flatten(tokens["kept"]).to_numpy()
@@ -222,10 +216,6 @@ def _kept(tokens: pa.Table) -> tuple[float, float]:
     own_P = pc.list_flatten(asked).to_numpy() == pc.list_flatten(tokens["expert"]).to_numpy()
     weight_P = pc.list_flatten(tokens["weight"]).to_numpy().astype(np.float64)
     return float(kept_P.mean()), float(weight_P[~(kept_P & own_P)].sum() / weight_P.sum())
-
-
-def _cut(sum_s: float, reference_s: float) -> float:
-    return 1 - sum_s / reference_s if reference_s > 0 else math.nan
 
 
 def _percentile(values: Floats, percent: float) -> float:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from testbed.config import RunConfig
-from testbed.errors import ConfigError
-from testbed.experiment.results import Results, summarise
+from testbed.errors import ConfigError, RunLogError
+from testbed.experiment.results import IncompleteRunError, Results, summarise
 from testbed.experiment.setup import add_facts, labels, standing_testbed
 from testbed.experiment.workload import TEXT, choose
 from testbed.fleet.boards import OnBoards
@@ -34,9 +34,40 @@ def run_experiment(
     """Run what the run file asks for and return the table's figures, read back from the log.
 
     Of `boards`, where the devices are some, the log gets an event each, and what their links are.
-    Raises WdmoeError for what a user can mend.
+    Raises IncompleteRunError, which has the results, where everything was run and the log could not take it all, and
+    another WdmoeError for what a user can mend.
     """
     policies = make_policies(config)
+    run_dir: Path | None = None
+    problem: RunLogError | None = None
+    try:
+        with _measured(config, policies, config_path, out, insecure, display, boards) as run_dir:
+            pass  # leaving it stops the nodes and closes the log
+    except RunLogError as error:
+        if run_dir is None:
+            raise
+        problem = error
+    results = summarise(run_dir)
+    try:
+        write_results(run_dir, results.document())
+    except RunLogError as error:
+        problem = problem or error
+    if problem is not None:
+        raise IncompleteRunError(str(problem), results) from problem
+    return results
+
+
+@contextmanager
+def _measured(
+    config: RunConfig,
+    policies: list[Policy],
+    config_path: Path,
+    out: Path | None,
+    insecure: bool,
+    display: Console,
+    boards: OnBoards | None,
+) -> Iterator[Path]:
+    """The run's folder, once every policy was measured."""
     with (
         standing_testbed(config, policies, config_path=config_path, out=out, insecure=insecure) as (
             base_station,
@@ -62,9 +93,7 @@ def run_experiment(
         add_facts(run_dir, text_sha256=workload.text_sha256, text=TEXT)
         for index, name in enumerate(labels(config, policies)):
             run_policy(base_station, workload, work.new_tokens, index, name, progress)
-    results = summarise(run_dir)
-    write_results(run_dir, results.document())
-    return results
+        yield run_dir
 
 
 def make_policies(config: RunConfig) -> list[Policy]:

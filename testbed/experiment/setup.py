@@ -87,7 +87,8 @@ def standing_testbed(
         facts["run_number"] = str(base_station.run_number)  # too large for a number of JavaScript
         write_manifest(run_dir, facts)
         base_station.wait_for_nodes(fleet.raise_if_dead)
-        write_manifest(run_dir, {**facts, "emulated": base_station.emulated()})
+        joined = {"emulated": base_station.emulated(), "computes": base_station.computes()}
+        write_manifest(run_dir, {**facts, **joined})
         base_station.begin(0, 0, continued=False)
         base_station.session.probe_at_join(base_station.prober())
         yield base_station, run_dir

@@ -14,11 +14,13 @@ from testbed.experiment.results import PolicyResult, Results
 from testbed.experiment.run_energy import Board
 from testbed.policies.loading import label
 
+INCOMPLETE = "INCOMPLETE: rows were lost"
 INVALID = "INVALID: too many tokens lost all their experts, or rounds overran their emulated time"
 
 
 def results_table(results: Results) -> Table:
-    title = f"Run {results.run}" + ("" if results.valid else f"  {INVALID}")
+    flags = [INCOMPLETE] * bool(results.losses) + [INVALID] * (not results.valid)
+    title = "  ".join([f"Run {results.run}", *flags])
     return table(title, [head for head, _ in COLUMNS], [[show(row) for _, show in COLUMNS] for row in results.rows])
 
 
@@ -30,11 +32,14 @@ def results_notes(results: Results) -> list[str]:
         "by itself, at the even split of the band",
         f"log: {results.run_dir}",
     ]
+    if results.losses:
+        recorded = "figures are of the prompts of which every round was recorded"
+        notes.insert(0, f"INCOMPLETE: rows of rounds and tokens {results.losses}; {recorded}")
     overheads = [row.overhead_p50 for row in results.rows if not math.isnan(row.overhead_p50)]
     if overheads:
         overruns = max(row.overrun_fraction for row in results.rows)
         notes.insert(
-            1,
+            -2,
             f"real overhead of a round: {100 * max(overheads):.1f} % of its emulated time in the median; above 10 % in "
             f"{100 * overruns:.1f} % of the rounds",
         )
@@ -74,11 +79,15 @@ def _with_interval(cut: float, low: float, high: float) -> str:
 
 
 def _pair(low: float, high: float, unit: float = 1e3) -> str:
-    return f"{low * unit:.1f} / {high * unit:.1f}"
+    return "-" if math.isnan(low) else f"{low * unit:.1f} / {high * unit:.1f}"
 
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _label(row: PolicyResult | PlacedPolicy) -> str:
@@ -96,7 +105,7 @@ COLUMNS: list[tuple[str, Callable[[PolicyResult], str]]] = [
     ("\nEq. 8\ncut", lambda r: _percent(r.eq8_cut)),
     ("decode rounds\nms/token\np50 / p95", lambda r: _pair(r.decode_rounds_p50_s, r.decode_rounds_p95_s)),
     ("decode + BS\nms/token\np50 / p95", lambda r: _pair(r.decode_token_p50_s, r.decode_token_p95_s)),
-    ("\nper-\nplexity", lambda r: f"{r.perplexity:.3f}"),
+    ("\nper-\nplexity", lambda r: _number(r.perplexity)),
     ("next\ntoken\nright", lambda r: _percent(r.accuracy)),
     ("\nexperts\nkept", lambda r: _percent(r.kept_fraction)),
     ("gate\nmass\ndropped", lambda r: _percent(r.dropped_mass)),
@@ -112,7 +121,7 @@ def placements_table(results: PlacementResults) -> Table:
     rows = [
         [
             _name(row), _with_interval(*row.prefill), _with_interval(*row.eq8), _with_interval(*row.decode),
-            f"{row.perplexity:.3f}", _percent(row.accuracy), _percent(row.kept_fraction), _percent(row.dropped_mass),
+            _number(row.perplexity), _percent(row.accuracy), _percent(row.kept_fraction), _percent(row.dropped_mass),
             _percent(row.overrun_fraction),
         ]
         for row in results.rows

@@ -19,6 +19,10 @@ Verdict = tuple[Level, str]
 DISTRIBUTION = "wdmoe-testbed"
 LEAST_LIBZMQ = (4, 3, 5)  # older ones let a stranger crash or starve a CURVE server
 SLOW_CLOCKS = ("hpet", "acpi_pm", "jiffies")
+WHAT_AUTO_IS = """
+from torch import cuda
+print(f'CUDA, device auto is {cuda.get_device_name()}' if cuda.is_available() else 'no CUDA, device auto is the CPU')
+"""
 
 
 def python() -> Verdict:
@@ -41,7 +45,7 @@ def base_station(needed: bool) -> Verdict:
     if wrong:
         remedy = f"pip install '{DISTRIBUTION}[bs]'; without it this machine can only be a node with the numpy backend"
         return "problem" if needed else "warning", f"{', '.join(wrong)}; {remedy}"
-    loads, answer = _ask("import torch; print('CUDA' if torch.cuda.is_available() else 'no CUDA')")
+    loads, answer = _ask(WHAT_AUTO_IS)
     if not loads:
         return "problem", f"torch is installed but does not load ({answer}); install it again for this machine"
     return "ok", f"{', '.join(found)}, {answer}"

@@ -9,9 +9,10 @@ from testbed.report.figure import BLACK, PHASE_COLOURS, Figure, Spec, choice, co
 from testbed.report.figure import quantity as number
 from testbed.runlog.schema import PHASES, GenerationPhase, RoundPhase
 
-NODE_PHASES = tuple(phase for phase in PHASES if phase.where in ("link", "node"))
+APART = tuple(phase for phase in PHASES if not phase.on_gpu)  # the others lie within these
+NODE_PHASES = tuple(phase for phase in APART if phase.where in ("link", "node"))
 DOWN = next(phase for phase in NODE_PHASES if phase.name == "down")
-STATION_PHASES = tuple(phase for phase in PHASES if phase.where == "BS" and phase.column and phase.name != "wait")
+STATION_PHASES = tuple(phase for phase in APART if phase.where == "BS" and phase.column and phase.name != "wait")
 MODES = {GenerationPhase.PREFILL: "prefill", GenerationPhase.DECODE: "decode"}
 NODES_READING = (
     "Mean of every phase over the rounds that a node answered, one bar per node, one plot per policy, in a round's "

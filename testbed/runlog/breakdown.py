@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from testbed.runlog.schema import PHASES, GenerationPhase
+from testbed.runlog.schema import PHASES, GenerationPhase, RoundPhase
 from testbed.runlog.summary import Summary
 from testbed.runlog.summary_tally import Series
 
 ONE_WAY = ("down_ns", "up_ns")
-WHOLE = (("node", "there and back", "rtt_ns"), ("BS", "whole round", "round_ns"))
+WHOLE = (RoundPhase("node", "there and back", "rtt_ns"), RoundPhase("BS", "whole round", "round_ns"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,14 @@ class NodeLoad:
 
 
 def phase_times(summary: Summary, policy: int, devices: Sequence[str]) -> Iterator[PhaseTimes]:
-    """Every phase in the order of a round, each node by itself, then what spans several; only nodes that were asked."""
-    for where, phase, column in (*((p.where, p.name, p.column) for p in PHASES), *WHOLE):
+    """Every phase in the order of a round, each node by itself, then what spans several; only nodes that were asked.
+
+    Copies between host and GPU only where there were any.
+    """
+    for where, phase, column, *_, on_gpu in (*PHASES, *WHOLE):
         measured = {(s.device, s.phase): s for s in summary.series if s.policy == policy and s.column == column}
+        if on_gpu and not measured:
+            continue
         nodes: Sequence[int | None] = sorted({device for device, _ in measured if device is not None})
         for device in nodes or [None]:
             for generation in GenerationPhase:

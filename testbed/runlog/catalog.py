@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import RunLogError
-from testbed.runlog.reader import read_manifest
-from testbed.runlog.schema import EVENTS, MANIFEST, SEGMENT
+from testbed.runlog.reader import Losses, losses, read_manifest
+from testbed.runlog.schema import EVENTS, MANIFEST, SEGMENT, TABLES
 from testbed.runlog.segment import new_file
 
 RESULTS, PROBE = "results.json", "probe.json"
@@ -62,6 +62,7 @@ class Run:
     emulated_devices: int = 0  # whose compute is padded to another device's
     policies: tuple[PolicyFigures, ...] = ()
     problem: str | None = None  # why it is unreadable
+    losses: Losses | None = None  # rows of rounds and tokens; None where that cannot be read
 
     @property
     def compute(self) -> str | None:
@@ -77,7 +78,8 @@ class Run:
         """For machines."""
         began = None if self.began is None else self.began.isoformat()
         words = {"directory": str(self.directory), "began": began, "state": self.state.value, "compute": self.compute}
-        return {**asdict(self), **words}
+        lost = {"losses": None if self.losses is None else self.losses._asdict()}
+        return {**asdict(self), **words, **lost}
 
 
 def list_runs(logs: Path) -> list[Run]:
@@ -116,7 +118,7 @@ def find_run(text: str, logs: Path) -> Path:
 def describe_run(run_dir: Path) -> Run:
     """One run's facts; raises no error for a damaged manifest, but says so in `problem`."""
     size_bytes = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
-    run = Run(run_dir.name, run_dir, _began(run_dir), State.UNREADABLE, size_bytes)
+    run = Run(run_dir.name, run_dir, _began(run_dir), State.UNREADABLE, size_bytes, losses=_losses(run_dir))
     if not (run_dir / MANIFEST).exists():  # ended, or still on its way, before its nodes were started
         return replace(run, state=State.RUNNING if is_recorded(run_dir) else State.ABORTED)
     try:
@@ -190,6 +192,13 @@ def _began(run_dir: Path) -> datetime | None:
         with (run_dir / EVENTS).open("rb") as events:
             return datetime.fromtimestamp(json.loads(events.readline())["realtime_ns"] // 10**9, timezone.utc)
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _losses(run_dir: Path) -> Losses | None:
+    try:
+        return losses(run_dir, *TABLES)
+    except (RunLogError, OSError):
         return None
 
 

@@ -11,7 +11,6 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from testbed.errors import RunLogError
 from testbed.runlog.segment import new_file
 
 Arguments = Mapping[str, Any]
@@ -85,13 +84,11 @@ class ChromeTrace:
 
 
 @contextmanager
-def chrome_trace(path: Path, origin_ns: int, *, replace: bool) -> Iterator[ChromeTrace]:
+def chrome_trace(path: Path, origin_ns: int) -> Iterator[ChromeTrace]:
     """A trace that becomes `path` once the block has ended well, gzipped where that ends in .gz.
 
-    Raises RunLogError where the file cannot be written, or is there already and must not be replaced.
+    Raises RunLogError where the file cannot be written.
     """
-    if path.exists() and not replace:
-        raise RunLogError(f"{path}: there is a file of this name; give another --out, or --force to replace it")
     with new_file(path) as temporary, temporary.open("wb") as plain:
         if path.suffix == ".gz":
             with gzip.GzipFile("", "wb", GZIP_LEVEL, plain, mtime=0) as packed:

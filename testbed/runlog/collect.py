@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from testbed.errors import RunLogError
+from testbed.runlog.columns import NODE_COLUMNS
 from testbed.runlog.node_rows import NodeRows, is_written, read_node_rows
 from testbed.runlog.reader import read_manifest, read_parquet, to_table
-from testbed.runlog.schema import NODE_COLUMNS, NODES, PARQUET, SCHEMA_VERSION, SEGMENT
+from testbed.runlog.schema import NODES, PARQUET, SCHEMA_VERSION, SEGMENT
 from testbed.runlog.segment import new_file
 from testbed.runlog.summary_rows import batches, log_parts
 
@@ -118,8 +119,8 @@ def _read_all(paths: Sequence[Path], number: int, devices: Sequence[str]) -> tup
         if file.header.device not in devices and (file.records["run_number"] == number).any():
             problems.append(RunLogError(f"{path}: of {file.header.device}, which is no device of this run; left out"))
         if file.missing:
-            lost = f"rows {len(file.records)} to {len(file.records) + file.missing - 1}"
-            problems.append(RunLogError(f"{path}: {lost} never reached the disk; those before are taken"))
+            lost = f"of {file.missing} rows after row {len(file.records) - 1} not all reached the disk"
+            problems.append(RunLogError(f"{path}: {lost}; those before are taken"))
     return read, problems
 
 

@@ -24,8 +24,21 @@ COLUMNS = ("policy", "prompt", "phase", "layer", "device", "dilation", "round_ns
 SAME = {"text_sha256": "another text", "seed": "another seed", "layers": "another model"}
 CHANNEL = ("factor", "down_bits_per_s", "up_bits_per_s")
 RESAMPLES = 10_000
-Times = dict[tuple[int, int, int], tuple[float, int]]  # by policy, prompt, phase: emulated s of all rounds, and passes
 Facts = Mapping[str, Any]
+
+
+class PromptTime(NamedTuple):
+    """Of a prompt's rounds in one phase."""
+
+    seconds: float = 0.0  # emulated
+    passes: int = 0  # through the model
+    rounds: int = 0
+
+    def with_more(self, more: PromptTime) -> PromptTime:
+        return PromptTime(self.seconds + more.seconds, self.passes + more.passes, self.rounds + more.rounds)
+
+
+Times = dict[tuple[int, int, int], PromptTime]  # by policy, prompt, phase
 
 
 class Interval(NamedTuple):
@@ -96,16 +109,15 @@ def _sides(run_dir: Path, only: Sequence[int]) -> Iterator[Side]:
 
 
 def prompt_times_s(run_dir: Path) -> Times:
-    """Emulated seconds of all rounds of each (policy, prompt, phase), and how often the model was passed through."""
+    """What the rounds of each (policy, prompt, phase) took."""
     times: Times = {}
     for table in batches(log_parts(run_dir, "rounds"), COLUMNS):
-        for key, seconds, passes in _sums(table):
-            before_s, before = times.get(key, (0.0, 0))
-            times[key] = before_s + seconds, before + passes
+        for key, more in _sums(table):
+            times[key] = times.get(key, PromptTime()).with_more(more)
     return times
 
 
-def _sums(table: pa.Table) -> Iterator[tuple[tuple[int, int, int], float, int]]:
+def _sums(table: pa.Table) -> Iterator[tuple[tuple[int, int, int], PromptTime]]:
     column = {name: table[name].to_numpy() for name in table.column_names}
     once_R = column["device"] == 0
     dilation_R = column["dilation"][once_R] if "dilation" in column else 1.0
@@ -116,7 +128,9 @@ def _sums(table: pa.Table) -> Iterator[tuple[tuple[int, int, int], float, int]]:
     sum_G = np.bincount(group_R, seconds_R, minlength=len(key_G3))
     first_R = column["layer"][once_R] == column["layer"].min(initial=np.iinfo(np.uint16).max)
     passes_G = np.bincount(group_R[first_R], minlength=len(key_G3))
-    yield from zip(map(tuple, key_G3.tolist()), sum_G.tolist(), passes_G.tolist(), strict=True)
+    rounds_G = np.bincount(group_R, minlength=len(key_G3))
+    taken = map(PromptTime, sum_G.tolist(), passes_G.tolist(), rounds_G.tolist())
+    yield from zip(map(tuple, key_G3.tolist()), taken, strict=True)
 
 
 def _compared(side: Side, reference: Side) -> Compared:
@@ -139,14 +153,18 @@ def _compared(side: Side, reference: Side) -> Compared:
 def _pairs(
     side: Side, reference: Side, prompts: Sequence[int], phase: GenerationPhase, *, per_pass: bool
 ) -> tuple[Floats, Floats]:
-    """Seconds of the prompts that both have rounds of; per pass through the model where their number may differ."""
-    found = [
-        (side.times[side.number, prompt, phase], reference.times[reference.number, prompt, phase])
-        for prompt in prompts
-        if (side.number, prompt, phase) in side.times and (reference.number, prompt, phase) in reference.times
-    ]
-    pairs_P2 = np.array([[s / passes if per_pass else s for s, passes in pair] for pair in found]).reshape(-1, 2)
+    """Seconds of the prompts of which both have all rounds; per pass where their number may differ."""
+    both = [[_whole_time(of, prompt, phase) for of in (side, reference)] for prompt in prompts]
+    found = [[t.seconds / t.passes if per_pass else t.seconds for t in pair if t is not None] for pair in both]
+    pairs_P2 = np.array([pair for pair in found if len(pair) == 2]).reshape(-1, 2)
     return pairs_P2[:, 0], pairs_P2[:, 1]
+
+
+def _whole_time(side: Side, prompt: int, phase: GenerationPhase) -> PromptTime | None:
+    """None where there is none, or the log lost a round of it."""
+    time = side.times.get((side.number, prompt, phase))
+    layers = side.manifest.get("layers")
+    return time if time is not None and (layers is None or time.rounds == time.passes * layers) else None
 
 
 def perplexity(scored_P2: Floats) -> float:

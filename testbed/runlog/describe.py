@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from testbed.runlog.schema import KINDS, NODES, PHASES, REPLY_MEANING, STATUS_MEANING, columns_of
+from testbed.runlog.columns import columns_of
+from testbed.runlog.schema import KINDS, NODES, PHASES, REPLY_MEANING, STATUS_MEANING
 
 README_HEAD = """# What a run leaves here
 <!-- written by `python -m testbed.runlog.describe > logs/README.md`: change what writes it instead -->
@@ -22,10 +23,11 @@ README_HEAD = """# What a run leaves here
 |---|---|
 | `manifest.json` | config, versions, seeds, hashes of model and text, machine, policies, devices, what is emulated |
 | `config.toml` | the run file as it was given |
-| `events.jsonl` | rare events, one JSON object a line: a node joined, was lost, a reply came late |
+| `events.jsonl` | rare events, one JSON object a line: a node joined, was lost; `board`: what one is, by preflight |
 | `rounds-0000.parquet`, … | one row per (round, device), also for a device that got no rows |
 | `tokens-0000.parquet`, … | one row per (round, token) |
 | `rounds-0000.seg`, … | the same rows while the run goes on, or after it was killed |
+| `rounds-0000.damaged`, … | such a file after a power cut, kept for what is left of rows that are not whole |
 | `results.json` | the table of the run, as it was printed |
 | `summary.json`, `summary.npz` | times per node and phase in bins of 1 %, which `testbed logs show` reads |
 | `nodes/NAME.log` | what the node NAME of this machine printed |
@@ -35,8 +37,11 @@ README_HEAD = """# What a run leaves here
 
 DuckDB, Polars and pandas read the Parquet files, `testbed logs query` asks all runs at once, and
 `testbed.runlog.reader` reads them and the segments alike.
-A row that was recorded survives `kill -9`. Unknown is null, never 0. Durations are differences on one clock; stamps of
-two machines must not be subtracted without the offset between their clocks."""
+A row that was recorded survives `kill -9`, and after a second a power cut. Rows that one took are counted, as are those
+that a full disk did not take: in Parquet's metadata, by `testbed logs recover`, `ls` and `show`, and in an event
+`rows_missing` or `rows_lost`; of `rounds` only whole rounds are kept.
+Unknown is null, never 0. Durations are differences on one clock; stamps of two machines must not be subtracted without
+the offset between their clocks."""
 
 
 NODES_NOTE = f"""

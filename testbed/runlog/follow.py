@@ -94,7 +94,7 @@ class _Reader:
             raise RunLogError(f"{self._run_dir}: rounds-{part:04d}: this part of the log is missing")
         if path.suffix == SEGMENT:
             try:
-                header, records, _ = read_segment(path)
+                header, records, *_ = read_segment(path)
                 return to_table(header, records[start:])
             except FileNotFoundError:  # sealed in this moment
                 path = path.with_suffix(PARQUET)

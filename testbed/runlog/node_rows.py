@@ -20,15 +20,14 @@ import numpy as np
 from msgspec import Meta
 
 from testbed.errors import RunLogError
-from testbed.runlog.schema import COMMIT, NODE_RECORD, NODES, SCHEMA_VERSION, Reply, record_dtype
-from testbed.runlog.segment import LOST, PREAMBLE, Records, Segment, read_segment
+from testbed.runlog.columns import COMMIT, NODE_RECORD, record_dtype
+from testbed.runlog.schema import NODES, SCHEMA_VERSION, Reply
+from testbed.runlog.segment import Records, Segment, read_segment
+from testbed.runlog.segment_header import LOST, PREAMBLE, describe_record
 
 DTYPE = record_dtype(NODE_RECORD, top_k=1, experts=0)
 FIELDS: Mapping[str, Any] = DTYPE.fields or {}
-RECORD = {
-    "itemsize": DTYPE.itemsize,
-    "fields": [[name, of.base.str, list(of.shape), offset] for name, (of, offset, *_) in FIELDS.items()],
-}
+RECORD = describe_record(DTYPE)
 MAX_ROWS = 2**18
 MAX_FILE_BYTES = 2**16 + MAX_ROWS * DTYPE.itemsize  # what is larger was written by something else
 UNKNOWN_NS = -1
@@ -56,7 +55,7 @@ class NodeRows(NamedTuple):
     path: Path
     header: NodeHeader
     records: Records
-    missing: int  # rows that a power cut took, right after them, although later ones are there
+    missing: int  # rows that were written after them, from the first on that a power cut took
     not_kept: int  # rows that came while this file was the newest and the disk had no room for another
 
 
@@ -85,7 +84,7 @@ class NodeSegment:
         self.path, self.capacity, self.used, self._flushed = path, capacity, 0, 0
         stamps = {"monotonic_ns": time.monotonic_ns(), "realtime_ns": time.time_ns()}
         about = {"schema": SCHEMA_VERSION, "table": NODES, "device": device, "boot_id": boot_id, "segment": segment}
-        self._segment = Segment(path, {**about, **stamps, "lost_bytes": LOST.itemsize}, DTYPE, capacity)
+        self._segment = Segment(path, {**about, **stamps, "lost_bytes": LOST.itemsize}, DTYPE, capacity, checked=False)
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         fcntl.flock(self._file, fcntl.LOCK_EX)  # until this process ends: nobody removes the file
         self._map = mmap.mmap(self._file, 0)
@@ -142,7 +141,7 @@ def read_node_rows(path: Path) -> NodeRows:
     """
     try:
         header = _checked_header(path)
-        about, records, missing = read_segment(path)
+        about, records, missing, _ = read_segment(path)
     except OSError as error:
         raise RunLogError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     known = np.isin(records["reply"], [reply.value for reply in Reply])

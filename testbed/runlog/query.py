@@ -19,9 +19,10 @@ import pyarrow as pa
 
 from testbed.errors import RunLogError
 from testbed.runlog.catalog import Run, State
+from testbed.runlog.columns import Column, columns_of
 from testbed.runlog.query_facts import events_table, runs_table, telemetry_table
 from testbed.runlog.reader import read_table
-from testbed.runlog.schema import NODES, PARQUET, SEGMENT, TABLES, Column, columns_of
+from testbed.runlog.schema import NODES, PARQUET, SEGMENT, TABLES
 
 ROWS = (*TABLES, NODES)
 OF_DEVICES = ("rounds", NODES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from testbed.errors import RunLogError
-from testbed.runlog.schema import COMMIT, EVENTS, MANIFEST, PARQUET, SEGMENT, TABLES, missing_value, nullable_names
-from testbed.runlog.segment import Header, Records, read_segment, refuse_newer
+from testbed.runlog.columns import COMMIT, missing_value, nullable_names
+from testbed.runlog.schema import EVENTS, MANIFEST, PARQUET, SEGMENT, TABLES
+from testbed.runlog.segment import Records, read_segment
+from testbed.runlog.segment_header import Header, refuse_newer
 
 ABOUT = b"wdmoe"  # the key of a segment's header in Parquet's metadata
 
@@ -80,14 +82,26 @@ def read_parquet(path: Path) -> pa.Table:
         ) from error
 
 
-def lost_rows(run_dir: Path, table: str) -> int | None:
-    """Rows that a full disk did not take; None where one of the files is of a program that did not count them.
+class Losses(NamedTuple):
+    """Rows that were recorded and are not in the log."""
 
-    Raises RunLogError as `read_table` does.
-    """
-    lost = [_header_of(run_dir / name).get("lost_rows") for name in _parts(run_dir, table)]
-    counted = [rows for rows in lost if rows is not None]
-    return sum(counted) if len(counted) == len(lost) else None
+    full_disk: int | None  # that found no room; None where a file is of a program that did not count them
+    missing: int  # that a power cut or a damaged disk took, in whole rounds
+
+    def __str__(self) -> str:
+        why = {"lost on a full disk": self.full_disk, "missing after a power cut or on a damaged disk": self.missing}
+        return ", ".join(f"{rows} {reason}" for reason, rows in why.items() if rows)
+
+    def __bool__(self) -> bool:
+        return bool(self.full_disk or self.missing)
+
+
+def losses(run_dir: Path, *tables: str) -> Losses:
+    """What the files of these tables say of that, sealed or not. Raises RunLogError as `read_table` does."""
+    headers = [_header_of(run_dir / name) for table in tables for name in _parts(run_dir, table)]
+    counted = [header["lost_rows"] for header in headers if header.get("lost_rows") is not None]
+    full_disk = sum(counted) if len(counted) == len(headers) else None
+    return Losses(full_disk, sum(header.get("missing_rows") or 0 for header in headers))
 
 
 def to_table(header: Header, records: Records) -> pa.Table:
@@ -103,14 +117,13 @@ def _read_part(stem: Path) -> pa.Table:
     """A segment is deleted only after its Parquet file was read back, so where both exist the segment counts."""
     path = stem.with_suffix(SEGMENT)
     try:
-        header, records, missing = read_segment(path)
+        header, records, missing, _ = read_segment(path)
     except FileNotFoundError:
         return read_parquet(stem.with_suffix(PARQUET))
     except OSError as error:
         raise RunLogError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if missing:
-        lost = f"rows {len(records)} to {len(records) + missing - 1} never reached the disk"
-        warnings.warn(f"{path}: {lost}; reading ends there", stacklevel=3)
+        warnings.warn(f"{path}: {missing} rows never reached the disk, or not whole; the others are read", stacklevel=3)
     return to_table(header, records)
 
 

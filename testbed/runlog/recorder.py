@@ -5,9 +5,6 @@ N devices, T tokens of a round, K experts chosen per token, E experts per layer.
 
 from __future__ import annotations
 
-import errno
-import json
-import math
 import os
 import sys
 import threading
@@ -21,16 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from testbed.errors import RunLogError
-from testbed.runlog import schema
+from testbed.runlog.columns import KEY_NAMES, columns_of, record_dtype
+from testbed.runlog.events import append_event, hold
 from testbed.runlog.keeper import Keeper
-from testbed.runlog.schema import PARQUET, SEGMENT
-from testbed.runlog.seal import hold, seal_segments
-from testbed.runlog.segment import LOST
+from testbed.runlog.schema import PARQUET, SCHEMA_VERSION, SEGMENT, TABLES
+from testbed.runlog.seal import seal_segments
+from testbed.runlog.segment_header import LOST
 from testbed.runlog.table_writer import Columns, NoRoom, TableWriter
 
 OWN_COLUMNS = {
     "rounds": {"device", "tokens", "record_ns_previous"},
-    "tokens": {"token", *schema.KEY_NAMES},
+    "tokens": {"token", *KEY_NAMES},
 }
 
 
@@ -81,14 +79,14 @@ class Recorder:
         self.lost = Lost()
         self._say, self._said = say or _say_on_stderr, set[str]()
         self._flushing = threading.Lock()
-        header = {"schema": schema.SCHEMA_VERSION, "run_id": run_id, "devices": list(device_names)}
+        header = {"schema": SCHEMA_VERSION, "run_id": run_id, "devices": list(device_names)}
         header |= {"lost_bytes": LOST.itemsize}
         self._events: int | None = hold(directory)
         try:
             self._tables: dict[str, TableWriter] = {}
-            for table in schema.TABLES:
-                columns = schema.columns_of(table, experts, np.dtype(score_dtype).str)
-                dtype = schema.record_dtype(columns, top_k, experts)
+            for table in TABLES:
+                columns = columns_of(table, experts, np.dtype(score_dtype).str)
+                dtype = record_dtype(columns, top_k, experts)
                 about = {**header, "table": table}
                 self._tables[table] = TableWriter(directory, columns, dtype, OWN_COLUMNS[table], about, segment_rows)
         except BaseException:
@@ -117,7 +115,7 @@ class Recorder:
         except NoRoom as error:
             self._lose_round(error, {"rounds": devices, "tokens": count})
             return
-        keys = {name: rounds[name] for name in schema.KEY_NAMES}
+        keys = {name: rounds[name] for name in KEY_NAMES}
         tokens_table.write(count, tokens, {"token": np.arange(count), **keys})
         own = {"device": self._device_N, "tokens": count, "record_ns_previous": self._record_ns}
         rounds_table.write(devices, rounds, own)
@@ -126,13 +124,8 @@ class Recorder:
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: JSON values and numpy scalars, NaN becomes null."""
         events = self._open_events()
-        stamps = {"realtime_ns": time.time_ns(), "monotonic_ns": time.monotonic_ns()}
-        known = {
-            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields.items()
-        }
-        line = json.dumps({**stamps, "kind": kind, **known}, default=_python_scalar, allow_nan=False).encode() + b"\n"
         try:
-            _append_line(events, line)
+            append_event(events, kind, **fields)
         except OSError as error:
             self.lost = self.lost._replace(events=self.lost.events + 1)
             self._say_once(f"{self._directory}: events find no room ({error.strerror}) and are lost; free disk space")
@@ -148,8 +141,8 @@ class Recorder:
     def close(self) -> None:
         """Seal every segment into Parquet; a second call does nothing.
 
-        Raises RunLogError where that cannot be done now, and `seal_run` may try again; and where rows or events were
-        lost, after sealing the others.
+        Raises RunLogError where that cannot be done now, and `seal_run` may try again; and where rows or events
+        were lost, after sealing the others.
         """
         if self._events is None:
             return
@@ -160,7 +153,7 @@ class Recorder:
         lost = self.lost
         incomplete = f"{self._directory}: not complete, since the disk was full: {lost}" if any(lost) else ""
         try:
-            seal_segments(self._directory)
+            seal_segments(self._directory, self._events)
         except RunLogError as error:
             raise RunLogError(f"{incomplete}; {error}" if incomplete else str(error)) from error
         finally:
@@ -215,25 +208,6 @@ class Recorder:
             self._say(str(problem))  # what ended the run is told by the error under way
 
 
-def _append_line(file: int, line: bytes) -> None:
-    """A full disk takes the first bytes of a line and only then refuses: such a stump is cut off again."""
-    size = os.fstat(file).st_size
-    try:
-        written = os.write(file, line)
-    except OSError:
-        os.ftruncate(file, size)
-        raise
-    if written != len(line):
-        os.ftruncate(file, size)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def _say_on_stderr(text: str) -> None:
     with suppress(OSError):  # whoever read it may be gone
         print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _python_scalar(value: object) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"an event cannot hold {type(value).__name__}")

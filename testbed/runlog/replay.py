@@ -115,8 +115,8 @@ def refusal(recorded: RecordedPolicy, name: str, bandwidth: str = "even") -> str
 
 
 def precision_notes(log: Log, recorded: RecordedPolicy, name: str, bandwidth: str = "even") -> list[str]:
-    """Where what the log keeps is coarser than what the policy saw."""
-    notes = []
+    """Where what the log keeps is less than what the policy saw."""
+    notes = [f"left out: {log.left_out} rounds, since the log lost tokens of theirs"] if log.left_out else []
     if name == "substitute" and log.scores == "float16":
         notes.append(
             "substitute: scores were kept in half precision: its weights are right to 1 in 2000, and a choice between "

@@ -29,13 +29,14 @@ STATE_COLUMNS = ("token_s", "available", "age_s", "base_s", "expert_s", "row_s")
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """A run as it was read, without a last round that a killed run left in part."""
+    """A run as it was read, without rounds that a killed run, a power cut or a full disk left in part."""
 
     run_dir: Path
     manifest: Mapping[str, Any]
     events: list[dict[str, Any]]
     rounds: pa.Table
     tokens: pa.Table
+    left_out: int  # rounds of which not every token is there
 
     @property
     def devices(self) -> list[str]:
@@ -110,19 +111,32 @@ def read_log(run_dir: Path) -> Log:
     if "dilation" not in rounds.column_names:  # runs before that stretched no time
         rounds = rounds.append_column("dilation", pa.array(np.ones(rounds.num_rows, np.float32)))
     whole = rounds.num_rows - rounds.num_rows % len(manifest["devices"])
-    return Log(run_dir, manifest, read_events(run_dir), rounds.slice(0, whole), read_table(run_dir, "tokens"))
+    rounds, tokens = rounds.slice(0, whole), read_table(run_dir, "tokens")
+    known_R = _all_tokens_known(rounds, tokens)
+    left_out = int((~known_R).sum()) // len(manifest["devices"])
+    rounds = rounds.filter(pa.array(known_R)) if left_out else rounds
+    return Log(run_dir, manifest, read_events(run_dir), rounds, tokens, left_out)
+
+
+def _all_tokens_known(rounds: pa.Table, tokens: pa.Table) -> BoolArray:
+    """Per row of `rounds`."""
+    number_T, number_R = tokens["round"].to_numpy(), rounds["round"].to_numpy()
+    first_R, end_R = (np.searchsorted(number_T, number_R, side) for side in ("left", "right"))
+    return np.asarray(end_R - first_R == rounds["tokens"].to_numpy())
 
 
 def recorded_policy(log: Log, index: int) -> RecordedPolicy:
     """The rounds of policy `index`. Raises ConfigError where the run has no such policy, RunLogError where it has none
-    of its rounds, or not their tokens."""
+    of its rounds whole."""
     labels = log.manifest["policies"]
     if not 0 <= index < len(labels):
         known = ", ".join(f"{number} {label}" for number, label in enumerate(labels))
         raise ConfigError(f"--of {index}: {log.run_dir.name} has no such policy; it has {known}")
     rounds = log.rounds.filter(pc.equal(log.rounds["policy"], index))
     if not rounds.num_rows:
-        raise RunLogError(f"{log.run_dir}: no round of policy {index} ({labels[index]}) was recorded; name another")
+        raise RunLogError(
+            f"{log.run_dir}: no round of policy {index} ({labels[index]}) was recorded whole; name another"
+        )
     no_air = _why_no_air(log, rounds)
     blocks = _blocks(log, rounds, log.tokens.filter(pc.equal(log.tokens["policy"], index)), no_air is None)
     return RecordedPolicy(index, labels[index], log.manifest["config"]["policy"][index], rounds, blocks, no_air)
@@ -140,8 +154,6 @@ def _blocks(log: Log, rounds: pa.Table, tokens: pa.Table, with_air: bool) -> lis
     blocks = []
     for r, (first, count) in enumerate(zip(first_R.tolist(), head["tokens"].tolist(), strict=True)):
         mine = slice(first, first + count)
-        if not np.all(tokens["round"][mine].to_numpy() == head["round"][r]) or first + count > tokens.num_rows:
-            raise RunLogError(f"{log.run_dir}: tokens of round {head['round'][r]} are missing; restore it from a copy")
         score_TE = None if score_PE is None or np.isnan(score_PE[mine]).all() else score_PE[mine]
         expert_TK = matrix["expert"][mine].astype(np.int64)
         routing = Routing(int(head["layer"][r]), expert_TK, matrix["weight"][mine], holds_NE, score_TE)

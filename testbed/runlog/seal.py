@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
 from testbed.errors import RunLogError
+from testbed.runlog.events import append_event, cut_what_was_torn, hold
 from testbed.runlog.reader import read_parquet, to_table
-from testbed.runlog.schema import EVENTS, PARQUET, SEGMENT, TABLES
+from testbed.runlog.schema import DAMAGED, EVENTS, PARQUET, SEGMENT, TABLES
 from testbed.runlog.segment import TEMPORARY, new_file, read_segment
 from testbed.runlog.summary import write_summary
 
+ROWS_MISSING = "rows_missing"
 
-def seal_run(run_dir: Path) -> list[Path]:
-    """Seal what a killed run left behind; returns the new files. Raises RunLogError while the run is still recorded."""
+
+class Sealed(NamedTuple):
+    """What became of a segment."""
+
+    path: Path
+    table: str
+    rows: int
+    missing: int  # rows that a power cut or a damaged disk took
+    damaged: Path | None  # the segment, kept because something of them is in it
+
+
+def seal_run(run_dir: Path) -> list[Sealed]:
+    """Seal what a killed run left behind. Raises RunLogError while the run is still recorded, or as `seal_segments`."""
     lock = hold(run_dir)
     try:
-        return seal_segments(run_dir)
+        cut_what_was_torn(lock)
+        return seal_segments(run_dir, lock)
+    except OSError as error:
+        raise RunLogError(f"{run_dir / EVENTS}: cannot be written ({error.strerror}); free disk space") from error
     finally:
         os.close(lock)
 
 
-def seal_segments(run_dir: Path) -> list[Path]:
-    """Seal every segment; the caller holds the run."""
+def seal_segments(run_dir: Path, events: int) -> list[Sealed]:
+    """Seal every segment; `events` is the file that holds the run. Raises RunLogError if one cannot be sealed, after
+    all others were."""
     for table in TABLES:
         for unfinished in run_dir.glob(f"{table}-*{TEMPORARY}"):  # hold no row that is not elsewhere
             unfinished.unlink()
-    sealed = [seal_segment(path) for path in sorted(run_dir.glob(f"*{SEGMENT}"))]
+    outcomes = [_sealed_or_why_not(path, events) for path in sorted(run_dir.glob(f"*{SEGMENT}"))]
+    sealed = [outcome for outcome in outcomes if isinstance(outcome, Sealed)]
+    for problem in outcomes:
+        if isinstance(problem, str):
+            raise RunLogError(problem)
     if sealed:
         # The rows are safe, whatever stands in them; a summary can be made again when it is asked for.
         with suppress(RunLogError, ArithmeticError, ValueError):
@@ -38,43 +59,43 @@ def seal_segments(run_dir: Path) -> list[Path]:
     return sealed
 
 
-def seal_segment(path: Path) -> Path:
-    """Write the rows to Parquet, read them back, and only then delete the segment; raises RunLogError and keeps it.
+def _sealed_or_why_not(path: Path, events: int) -> Sealed | str:
+    """Not the error itself: it would hold the segment's memory, and so its room on the disk."""
+    try:
+        return seal_segment(path, events)
+    except RunLogError as error:
+        return str(error)
 
-    Parquet needs room too. Where the disk has none the rows stay where they are, and sealing the run again ends it.
+
+def seal_segment(path: Path, events: int) -> Sealed:
+    """Write the rows to Parquet, read them back, and only then let go of the segment; raises RunLogError and keeps it.
+
+    Rows that are not whole any more are counted, in Parquet's metadata and in an event. Parquet needs room too: where
+    the disk has none the rows stay where they are, and sealing the run again ends it.
     """
-    header, records, missing = read_segment(path)
-    if missing:
-        first = len(records)
-        raise RunLogError(
-            f"{path}: rows {first} to {first + missing - 1} never reached the disk; left as it is, readable up to there"
-        )
+    header, records, missing, remains = read_segment(path)
     sealed = path.with_suffix(PARQUET)
     try:
         with new_file(sealed) as temporary:
             pq.write_table(to_table(header, records), temporary, compression="zstd", write_page_checksum=True)
-    except RunLogError as error:
+        if missing:
+            _tell_once(path.parent, events, path.stem, missing)
+    except (RunLogError, OSError) as error:
         kept = f"no row in {path.name} is lost, `testbed logs recover {path.parent}` ends this later"
         raise RunLogError(f"{error}; {kept}") from error
     rows = read_parquet(sealed).num_rows
     if rows != len(records):
         raise RunLogError(f"{sealed}: {rows} rows read back of {len(records)}; the segment is kept, seal the run again")
-    path.unlink()
-    return sealed
+    damaged = path.with_suffix(DAMAGED) if remains else None
+    if damaged is None:
+        path.unlink()
+    else:
+        path.rename(damaged)
+    return Sealed(sealed, path.stem.rpartition("-")[0], rows, missing, damaged)
 
 
-def hold(run_dir: Path) -> int:
-    """Open the run's events for appending and lock them: a run has one recorder or one sealer. The kernel frees a lock
-    whose process was killed."""
-    try:
-        file = os.open(run_dir / EVENTS, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    except OSError as error:
-        raise RunLogError(
-            f"{run_dir / EVENTS}: cannot be written ({error.strerror}); choose another logs folder"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(file)
-        raise RunLogError(f"{run_dir}: this run is still being recorded; stop it first") from error
-    return file
+def _tell_once(run_dir: Path, events: int, part: str, rows: int) -> None:
+    """On the disk before the segment goes; not again where a sealer was killed in between."""
+    if f'"kind": "{ROWS_MISSING}", "part": "{part}"'.encode() not in (run_dir / EVENTS).read_bytes():
+        append_event(events, ROWS_MISSING, part=part, rows=rows)
+    os.fsync(events)

@@ -1,20 +1,17 @@
 """A preallocated, memory-mapped file of fixed-width records that a killed process leaves whole.
 
-    magic, version, header size, crc32 | JSON header, padded to whole pages | record 0 | record 1 | ... [| rows lost]
+    header (`segment_header.py`) | record 0 | record 1 | ... [| rows lost]
 
 The pages belong to the kernel, so kill -9 loses nothing that was written. Disk space is reserved when the file is made:
-a full disk is an error there and never a SIGBUS later. The JSON header describes the records for any reader. Where it
-says so, eight bytes at the end count the rows that found no room while this segment was the newest: reserved as well,
-so that even a full disk takes the count.
+a full disk is an error there and never a SIGBUS later. A record exists once it has its mark (`marks.py`), which also
+tells whether a power cut took a part of it. Where the header says so, eight bytes at the end count the rows that found
+no room while this segment was the newest: reserved as well, so that even a full disk takes the count.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,37 +21,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.errors import RunLogError
-from testbed.runlog.schema import COMMIT, SCHEMA_VERSION
+from testbed.runlog import marks
+from testbed.runlog.columns import COMMIT
+from testbed.runlog.segment_header import CHECKED, LOST, NUMBERED, Header, describe_record, encode_header, read_header
 from testbed.runlog.views import Views
 
 TEMPORARY = ".tmp"
-MAGIC = b"WDMOELOG"
-VERSION = 1
-PREAMBLE = struct.Struct("<8sIII")
-LOST = np.dtype("<u8")
 
-Header = dict[str, Any]
 Records = NDArray[np.void]
 
 
 class SegmentRows(NamedTuple):
-    header: Header
-    records: Records  # committed, without a gap, in the order they were written
-    missing: int  # rows lost right after them although later ones exist: only a power cut or a damaged disk does that
+    header: Header  # with `lost_rows`, those that found no room (None: not counted), and `missing_rows`
+    records: Records  # every one that is whole, in the order they were written
+    missing: int  # rows that were written and are not whole, or of a round that is not: a power cut, a damaged disk
+    remains: bool  # something of these is still in the file
 
 
 class Segment:
     """One segment, open for appending. `columns` are views of its fields; rows become valid with `commit`."""
 
     def __init__(
-        self, path: Path, header: Mapping[str, Any], dtype: np.dtype[Any], capacity: int, *, publish: bool = True
+        self,
+        path: Path,
+        header: Mapping[str, Any],
+        dtype: np.dtype[Any],
+        capacity: int,
+        *,
+        publish: bool = True,
+        checked: bool = True,
     ) -> None:
         """Reserve the file; raises RunLogError, and leaves nothing, if the disk is too full.
 
         With `publish` False it keeps its temporary name until `publish` is called. A header with `lost_bytes` asks for
-        a count of lost rows.
+        a count of lost rows. Not `checked`: who writes the marks puts no checksum into them.
         """
-        head = _encode_header({**header, "rows": capacity, "record": _describe(dtype)})
+        about = {**header, "rows": capacity, "record": describe_record(dtype)}
+        head = encode_header(about, CHECKED if checked else NUMBERED)
         end, lost_bytes = len(head) + capacity * dtype.itemsize, header.get("lost_bytes", 0)
         self.path, self.capacity, self.used = path, capacity, 0
         self._synced: tuple[int, int] | None = None
@@ -63,7 +66,7 @@ class Segment:
             _sync(temporary, os.O_RDWR)
         records = np.frombuffer(self._map, dtype, capacity, offset=len(head))
         self.columns = Views(records)
-        self._commit = records[COMMIT]
+        self._words_RW, self._mark_R = marks.words_of(records), records[COMMIT]
         self._lost_C: NDArray[np.uint64] = np.frombuffer(self._map, LOST, lost_bytes // LOST.itemsize, offset=end)
         if publish:
             self.publish()
@@ -77,7 +80,7 @@ class Segment:
     def commit(self, count: int) -> None:
         """The next `count` rows are complete: the only write that makes them exist."""
         end = self.used + count
-        self._commit[self.used : end] = np.arange(self.used + 1, end + 1, dtype=np.uint64)
+        self._mark_R[self.used : end] = marks.checked_marks(self.used + 1, self._words_RW[self.used : end])
         self.used = end
 
     def count_lost(self, rows: int) -> None:
@@ -99,7 +102,7 @@ class Segment:
 
     def close(self) -> None:
         """Let go of the memory: as long as a process holds it, a deleted file keeps its room on the disk."""
-        del self.columns, self._commit, self._lost_C, self._map
+        del self.columns, self._words_RW, self._mark_R, self._lost_C, self._map
 
 
 @contextmanager
@@ -130,35 +133,40 @@ def _whole_or_not_at_all(path: Path) -> Iterator[Path]:
 def read_segment(path: Path) -> SegmentRows:
     """Rows of a live or left-over segment; raises RunLogError for any other file, FileNotFoundError if it went away.
 
-    What a killed writer left half-written after the last committed record is not part of the answer. The header tells
-    as `lost_rows` how many rows found no room; None for a segment of an older program, which did not count them.
+    What a killed writer left half-written after the last committed record or round is not part of the answer. Where
+    the marks hold no checksum, nothing behind the first gap can be told from what a power cut tore.
     """
-    header, first_byte, dtype = _read_header(path)
-    capacity, lost_bytes = header["rows"], header.pop("lost_bytes", 0)
-    end = first_byte + capacity * dtype.itemsize
-    if path.stat().st_size < end + lost_bytes:
-        raise RunLogError(f"{path}: shorter than its header says; it was truncated, restore it from a copy")
-    records = np.memmap(path, dtype, "r", offset=first_byte, shape=(capacity,))
-    header["lost_rows"] = int(np.memmap(path, LOST, "r", offset=end, shape=(1,))[0]) if lost_bytes else None
-    count, missing = _count_committed(records[COMMIT])
-    return SegmentRows(header, np.asarray(records[:count]), missing)
+    found = read_header(path)
+    records = np.memmap(path, found.dtype, "r", offset=found.first_byte, shape=(found.rows,))
+    lost = None if found.lost_at is None else int(np.memmap(path, LOST, "r", offset=found.lost_at, shape=(1,))[0])
+    whole_R = _whole(records, found.checked)
+    if not whole_R.all():  # once more: rows of a live segment may have been written while they were looked at
+        whole_R = _whole(records, found.checked)
+    whole_R = _of_whole_rounds(whole_R, found.rows_together)[: found.rows]
+    taken, torn = records[: len(whole_R)], ~whole_R
+    kept = np.asarray(taken[whole_R] if torn.any() else taken)
+    missing, remains = int(torn.sum()), bool(marks.words_of(taken)[torn].any())
+    header = {name: value for name, value in found.header.items() if name != "lost_bytes"}
+    return SegmentRows({**header, "lost_rows": lost, "missing_rows": missing}, kept, missing, remains)
 
 
-def refuse_newer(header: Mapping[str, Any], path: Path) -> None:
-    """Columns may mean something else in a log of a newer program: raises RunLogError. Older ones only lack some."""
-    version = header.get("schema", 1)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise RunLogError(
-            f"{path}: its log has schema {version}, this program knows {SCHEMA_VERSION} and older; update the testbed"
-        )
+def _whole(records: Records, checked: bool) -> NDArray[np.bool_]:
+    """Of the records up to the last one with a mark, those that can be relied on."""
+    there_R = marks.numbered(records)
+    end = int(there_R.nonzero()[0][-1]) + 1 if there_R.any() else 0
+    return marks.whole(records[:end]) if checked else np.logical_and.accumulate(there_R[:end])
 
 
-def _count_committed(commit: NDArray[np.uint64]) -> tuple[int, int]:
-    """Rows up to the first one without its mark, and how many rows are missing before the next one that has it."""
-    marked = commit == np.arange(1, len(commit) + 1, dtype=np.uint64)
-    count = len(marked) if marked.all() else int(np.argmin(marked))
-    later = marked[count:]
-    return count, int(np.argmax(later)) if later.any() else 0
+def _of_whole_rounds(whole_R: NDArray[np.bool_], together: int) -> NDArray[np.bool_]:
+    """Only of rounds of which every row is whole: who reads `rounds` relies on one for each device. A last round that
+    has only begun is none yet."""
+    begun = len(whole_R) % together
+    if whole_R[len(whole_R) - begun :].all():
+        whole_R = whole_R[: len(whole_R) - begun]
+    rounds = -(-len(whole_R) // together)
+    padded_R = np.zeros(rounds * together, np.bool_)
+    padded_R[: len(whole_R)] = whole_R
+    return padded_R.reshape(rounds, together).all(axis=1).repeat(together)
 
 
 def _map_new_file(path: Path, head: bytes, size: int) -> mmap.mmap:
@@ -169,47 +177,6 @@ def _map_new_file(path: Path, head: bytes, size: int) -> mmap.mmap:
         return mmap.mmap(file, size)
     finally:
         os.close(file)
-
-
-def _encode_header(header: Mapping[str, Any]) -> bytes:
-    text = json.dumps(header).encode()
-    size = -(-(PREAMBLE.size + len(text)) // mmap.PAGESIZE) * mmap.PAGESIZE
-    body = text.ljust(size - PREAMBLE.size)
-    return PREAMBLE.pack(MAGIC, VERSION, size, zlib.crc32(body)) + body
-
-
-def _read_header(path: Path) -> tuple[Header, int, np.dtype[Any]]:
-    with path.open("rb") as file:
-        preamble = file.read(PREAMBLE.size)
-        if len(preamble) < PREAMBLE.size or not preamble.startswith(MAGIC):
-            raise RunLogError(f"{path}: not a segment of a run log; remove it from the run's folder")
-        _, version, size, crc = PREAMBLE.unpack(preamble)
-        if version != VERSION:
-            raise RunLogError(
-                f"{path}: segment format {version}, this program reads {VERSION}; use the one that wrote it"
-            )
-        body = file.read(max(0, min(size, path.stat().st_size) - PREAMBLE.size))
-    try:
-        header: Header = json.loads(body if zlib.crc32(body) == crc else b"")
-        refuse_newer(header, path)
-        return header, size, _dtype_of(header["record"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunLogError(f"{path}: its header is damaged ({error}); restore the file from a copy") from error
-
-
-def _describe(dtype: np.dtype[Any]) -> Header:
-    fields = [[name, of.base.str, list(of.shape), offset] for name, (of, offset, *_) in (dtype.fields or {}).items()]
-    return {"itemsize": dtype.itemsize, "fields": fields}
-
-
-def _dtype_of(record: Header) -> np.dtype[Any]:
-    names, formats, shapes, offsets = zip(*record["fields"], strict=True)
-    fields = [(kind, tuple(shape)) for kind, shape in zip(formats, shapes, strict=True)]
-    layout = {"names": names, "formats": fields, "offsets": offsets, "itemsize": record["itemsize"]}
-    dtype: np.dtype[Any] = np.dtype(layout)  # type: ignore[call-overload]  # numpy's stubs want lists of literals
-    if dtype.hasobject or COMMIT not in names:
-        raise ValueError("record")
-    return dtype
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -48,7 +48,8 @@ class Shown:
         """For machines."""
         facts = {"run": self.run.run, "directory": str(self.run.directory), "state": self.run.state.value}
         what = {"emulated": self.emulated, "compute": self.run.compute, "links": self.run.channel, "exact": self.exact}
-        return {**facts, **what, "rows": self.rows, "policies": [asdict(policy) for policy in self.policies]}
+        lost = {"losses": None if self.run.losses is None else self.run.losses._asdict()}
+        return {**facts, **what, **lost, "rows": self.rows, "policies": [asdict(policy) for policy in self.policies]}
 
     def notes(self) -> list[str]:
         """What one must know beside the figures."""
@@ -75,6 +76,8 @@ class Shown:
             warnings.append("ABORTED: the run ended before its last prompt; these are the rounds until then")
         if self.run.state is State.RUNNING:
             warnings.append("RUNNING: the run is being recorded; these are the rounds until now")
+        if self.run.losses:
+            warnings.append(f"INCOMPLETE: rows of rounds and tokens {self.run.losses}; these are the others")
         if self.invalid:
             names = ", ".join(policy.policy for policy in self.policies if policy.valid is False)
             warnings.append(f"INVALID: {names}: too many orphaned tokens, or rounds that overran their emulated time")

@@ -98,9 +98,9 @@ def _names(path: Path) -> list[str]:
 def _read(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         if path.suffix == SEGMENT:
-            header, records, missing = read_segment(path)
+            header, records, missing, _ = read_segment(path)
             if missing:
-                warnings.warn(f"{path}: {missing} rows after row {len(records)} never reached the disk", stacklevel=2)
+                warnings.warn(f"{path}: {missing} rows never reached the disk, or not whole", stacklevel=2)
             return to_table(header, records[[name for name in columns if name in (records.dtype.names or ())]])
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return file.read([name for name in columns if name in file.schema_arrow.names])

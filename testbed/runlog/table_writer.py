@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from testbed.errors import RunLogError
-from testbed.runlog import schema
+from testbed.runlog.columns import SPAN, Column, span
 from testbed.runlog.schema import SEGMENT
-from testbed.runlog.segment import Header, Segment
+from testbed.runlog.segment import Segment
+from testbed.runlog.segment_header import Header
 
 Columns = Mapping[str, Any]  # by column name: an array with one entry per row, or a scalar for all rows
 
@@ -33,7 +34,7 @@ class TableWriter:
     def __init__(
         self,
         directory: Path,
-        columns: Sequence[schema.Column],
+        columns: Sequence[Column],
         dtype: np.dtype[Any],
         own: set[str],
         header: Header,
@@ -126,11 +127,11 @@ class TableWriter:
 
     def _check(self, names: set[str]) -> None:
         order = self._dtype.names or ()
-        given = {each for name in names for each in (schema.span(name, order) if schema.SPAN in name else (name,))}
+        given = {each for name in names for each in (span(name, order) if SPAN in name else (name,))}
         unknown, absent = given - self._names, self._names - given - self._missing.keys()
         if unknown or absent:
             what = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(absent)}"
-            raise RunLogError(f"table {self._table}: {what}; the columns are listed in testbed/runlog/schema.py")
+            raise RunLogError(f"table {self._table}: {what}; the columns are listed in testbed/runlog/columns.py")
         self._given = names
         self._left_out = {name: self._missing[name] for name in self._names - given}
 

@@ -56,11 +56,10 @@ def write_trace(
     *,
     policy: int | None = None,
     rounds: tuple[int, int] | None = None,
-    replace: bool = False,
 ) -> TraceSummary:
     """Write rounds A to B, B excluded, of one policy or of all into `path`, gzipped where that ends in .gz.
 
-    Raises RunLogError where no round is left to draw, or where `path` exists and is not to be replaced.
+    Raises RunLogError where no round is left to draw, or the file cannot be written.
     """
     manifest, table = read_manifest(run_dir), read_table(run_dir, "rounds")
     written, start_ns_of = Written(), round_starts_ns(table)
@@ -74,7 +73,7 @@ def write_trace(
         between_ns = first.start_ns, _last_stamp_ns(table)
         events = [event for event in events if _belongs(event, policy, between_ns, whole=rounds is None)]
     origin_ns = min([first.start_ns, *map(_stamp_ns, events)])
-    with chrome_trace(path, origin_ns, replace=replace) as trace:
+    with chrome_trace(path, origin_ns) as trace:
         _name_tracks(trace, manifest)
         trace.instant(EVENTS, "about", first.start_ns, "about", _about(run_dir, manifest))
         _write_rounds(trace, chain([first], spans), manifest["policies"], written)

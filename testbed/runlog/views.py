@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.runlog.schema import span
+from testbed.runlog.columns import span
 
 
 class Views(dict[str, NDArray[Any]]):

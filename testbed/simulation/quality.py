@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from bs_node.blocks import Block, Float32, Outcome
 from bs_node.dispatcher import NOBODY, ExchangeTimes, Hidden, InProcessDispatcher, LocalExperts, Watcher
-from bs_node.model import load_bs_model
+from bs_node.model import load_bs_model, load_tokenizer
 from bs_node.registry import Node
 from bs_node.remote_experts import IMPLEMENTATION, attach
 from bs_node.round import EarlyEnd
@@ -65,9 +64,10 @@ class ModelInProcess:
         self._latencies = GivenState(len(experts), *row_bytes(config, manifest))
         nodes = [Node(n, device.name, routing_id=b"in this process") for n, device in enumerate(config.devices)]
         self._session = Session(TopK(), self._dispatcher, self._latencies, nodes, keep_scores=False)
-        self._model = load_bs_model(split_dir, manifest, config.model.dtype, IMPLEMENTATION)
+        model = config.model
+        self._model = load_bs_model(split_dir, manifest, model.dtype, IMPLEMENTATION, trusted=model.trust_remote_code)
         attach(self._model, manifest, self._session)
-        self._tokenizer = AutoTokenizer.from_pretrained(split_dir)
+        self._tokenizer = load_tokenizer(split_dir, manifest)
         work = config.workload
         chosen = choose(
             self._token_ids, score=work.score_prompts, score_tokens=work.score_tokens, generate=0, prompt_tokens=1

@@ -66,7 +66,7 @@ class TableTail:
         path = self._file(self._part)
         if path is not None and path.suffix == SEGMENT:
             try:
-                header, records, _ = read_segment(path)
+                header, records, *_ = read_segment(path)
                 names = [name for name in self._columns if name in (records.dtype.names or ())]
                 return to_table(header, records[self._read :][names])
             except FileNotFoundError:  # sealed in this moment

@@ -19,7 +19,7 @@ from msgspec import Meta
 from testbed.errors import MessageError
 from testbed.wire.quantization import SchemeName
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_HEADER_BYTES = 4096
 MAX_TEXT = 512  # characters
 MAX_SEGMENTS = 512
@@ -53,6 +53,7 @@ class Hello(Message, frozen=True, tag=0):
     manifest_sha256: Text
     experts_held: Held
     emulated: Figures  # what its compute is padded to; empty: as fast as it is
+    computes: Text = ""  # on what and in which weights, for the log: "torch cuda float16 (Orin)", "numpy float32"
 
     def __post_init__(self) -> None:
         require_finite(*self.emulated.values())

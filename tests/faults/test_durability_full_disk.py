@@ -15,9 +15,10 @@ import pytest
 from testbed.cli import main
 from testbed.errors import RunLogError
 from testbed.runlog import table_writer
-from testbed.runlog.reader import lost_rows, read_events, read_table
+from testbed.runlog.columns import ROUND_COLUMNS
+from testbed.runlog.reader import losses, read_events, read_table
 from testbed.runlog.recorder import Recorder
-from testbed.runlog.schema import ROUND_COLUMNS, TABLES
+from testbed.runlog.schema import TABLES
 from testbed.runlog.seal import seal_run
 
 DEVICES, TOKENS, SEGMENT_ROWS = 2, 3, 1000
@@ -92,13 +93,13 @@ def test_a_round_that_finds_no_room_is_said_at_once_and_counted_and_those_before
     run_dir = small_disk / "20260101-000000-full"
     for table, each in (("rounds", DEVICES), ("tokens", TOKENS)):
         assert read_table(run_dir, table)["round"].to_pylist() == of_rounds(range(first), each)
-        assert lost_rows(run_dir, table) == 10 * each, "what a reader finds now, and after a kill"
+        assert losses(run_dir, table).full_disk == 10 * each, "what a reader finds now, and after a kill"
     assert recorder.lost == (10, 10 * (DEVICES + TOKENS), 0)
     with pytest.raises(RunLogError, match=r"not complete.*rounds lost: 10 \(50 rows\), events lost: 0"):
         recorder.close()
     for table, each in (("rounds", DEVICES), ("tokens", TOKENS)):
         assert read_table(run_dir, table)["round"].to_pylist() == of_rounds(range(first), each)
-        assert lost_rows(run_dir, table) == 10 * each, "sealed"
+        assert losses(run_dir, table).full_disk == 10 * each, "sealed"
     (event,) = (event for event in read_events(run_dir) if event["kind"] == "rows_lost")
     assert (event["rounds"], event["rows"], event["events"]) == (10, 50, 0)
 
@@ -161,6 +162,6 @@ def test_a_recorder_killed_on_a_full_disk_leaves_its_count_of_lost_rows(small_di
         finally:
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
-    assert lost_rows(run_dir, "rounds") == DEVICES
+    assert losses(run_dir, "rounds").full_disk == DEVICES
     seal_run(run_dir)
-    assert [lost_rows(run_dir, table) for table in TABLES] == [DEVICES, TOKENS]
+    assert [losses(run_dir, table).full_disk for table in TABLES] == [DEVICES, TOKENS]

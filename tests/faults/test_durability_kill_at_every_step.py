@@ -17,12 +17,16 @@ from kill_steps import NEVER, RunKilled, killed_runs
 
 from testbed.cli import main
 from testbed.runlog.catalog import is_recorded
-from testbed.runlog.reader import read_events, read_table
+from testbed.runlog.columns import ROUND_COLUMNS
+from testbed.runlog.reader import losses, read_events, read_table
 from testbed.runlog.recorder import Recorder
-from testbed.runlog.schema import ROUND_COLUMNS, TABLES
+from testbed.runlog.schema import DAMAGED, EVENTS, SEGMENT, TABLES
 from testbed.runlog.seal import seal_run
+from testbed.runlog.segment import read_segment
+from testbed.runlog.segment_header import PREAMBLE
 
 DEVICES, TOKENS, ROUNDS, SEGMENT_ROWS = 2, 2, 3, 4  # two rounds fit into a segment
+TORN, ENDS = Path("rounds-0000.seg"), (SEGMENT, DAMAGED)
 FEW = 25  # a kill at fewer steps than this would mean that the steps are no longer seen
 
 
@@ -101,6 +105,24 @@ def left_behind(run_killed: RunKilled, quick_folder: Path) -> Path:
     return run_dir
 
 
+@pytest.fixture
+def torn(left_behind: Path) -> Path:
+    """The same after a power cut that took one row, and half of an event."""
+    path = left_behind / TORN
+    content = bytearray(path.read_bytes())
+    itemsize = read_segment(path).records.itemsize
+    first_byte = PREAMBLE.unpack_from(content)[2]
+    content[first_byte + DEVICES * itemsize] ^= 1
+    path.write_bytes(content)
+    with (left_behind / EVENTS).open("ab") as events:
+        events.write(b'{"kind": "tor')
+    return left_behind
+
+
+def there(run_dir: Path, end: str) -> bool:
+    return (run_dir / TORN.with_suffix(end)).exists()
+
+
 def kills(step: int, run_dir: Path, quick_folder: Path) -> Iterator[Path]:
     """A copy of the folder for a kill at this step."""
     copy = quick_folder / f"step-{step}"
@@ -142,6 +164,29 @@ def test_a_sealer_killed_before_any_step_leaves_every_row_once_and_the_next_one_
             assert tables_of(run_dir) == rows, step
             seal_run(run_dir)
             assert tables_of(run_dir) == rows, step
+            assert not [*run_dir.glob("*.seg*"), *run_dir.glob("*.parquet.tmp")], step
+        if code == 0:
+            assert step > FEW
+            return
+
+
+def test_a_sealer_killed_before_any_step_after_a_power_cut_counts_the_missing_rows_once_and_keeps_what_is_left_of_them(
+    run_killed: RunKilled, torn: Path, quick_folder: Path
+) -> None:
+    with pytest.warns(UserWarning, match="never reached the disk"):
+        rows = tables_of(torn)
+    assert [table.num_rows for table in rows] == [DEVICES * (ROUNDS - 1), TOKENS * ROUNDS]
+    for step in count(1):
+        for run_dir in kills(step, torn, quick_folder):
+            code = run_killed(step, "seal", str(run_dir))
+            assert code in (0, -signal.SIGKILL)
+            assert losses(run_dir, *TABLES).missing == DEVICES, step
+            assert any(read_segment(run_dir / f"rounds-0000{end}").remains for end in ENDS if there(run_dir, end)), step
+            seal_run(run_dir)
+            assert tables_of(run_dir) == rows, step
+            assert losses(run_dir, *TABLES).missing == DEVICES, step
+            assert [event["part"] for event in read_events(run_dir) if event["kind"] == "rows_missing"] == [TORN.stem]
+            assert read_segment(run_dir / TORN.with_suffix(DAMAGED)).missing == DEVICES, step
             assert not [*run_dir.glob("*.seg*"), *run_dir.glob("*.parquet.tmp")], step
         if code == 0:
             assert step > FEW

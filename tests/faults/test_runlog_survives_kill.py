@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 import numpy as np
 from testbed.runlog.recorder import Recorder
-from testbed.runlog.schema import ROUND_COLUMNS
+from testbed.runlog.columns import ROUND_COLUMNS
 
 rows = {{c.name: 0 for c in ROUND_COLUMNS if not c.nullable and c.name not in ("device", "tokens")}}
 rows["dilation"] = 1

@@ -21,10 +21,11 @@ from testbed.cli import main
 from testbed.errors import RunLogError
 from testbed.runlog.catalog import describe_run
 from testbed.runlog.collect import FIRST_PROBE, collect, collect_what_is_there
+from testbed.runlog.columns import NODE_COLUMNS
 from testbed.runlog.manifest import write_manifest
 from testbed.runlog.query import LogDatabase
 from testbed.runlog.reader import read_manifest, read_table
-from testbed.runlog.schema import NODE_COLUMNS, NODES, Reply, Status
+from testbed.runlog.schema import NODES, Reply, Status
 from testbed.wire.messages import ReplyPart
 
 RUN, BOOT = 2**61 + 12345, 1

@@ -15,14 +15,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
 from processes import TESTBED, run, run_file
-from transformers import AutoTokenizer
 
-from bs_node.model import plain_model
-from testbed.config.sections import ModelSection
 from testbed.errors import RunLogError
-from testbed.evaluation.harness import Scores, score
+from testbed.evaluation.harness import Scores
+from testbed.evaluation.plain import plain_scores
 from testbed.evaluation.results import ALL, summarise_evaluation
-from testbed.evaluation.tasks import Asked, load_units
 from testbed.runlog.reader import read_events
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]  # a busy machine imports slowly
@@ -32,29 +29,11 @@ EXACT = '[wire]\ndown = "fp32"\nup = "fp32"'
 POLICIES = ('name = "topk"', 'name = "wlr"\ntheta = 0.5')
 
 
-class PlainModel:
-    """The demo model with its experts in it, and nothing between."""
-
-    def __init__(self) -> None:
-        folder = ModelSection().folder
-        self.model, self.tokenizer = plain_model(folder, "float32"), AutoTokenizer.from_pretrained(folder)
-        self._prompts = 0
-
-    def begin_prompt(self, continued: bool = False) -> int:  # noqa: ARG002 - as a live model's
-        self._prompts += 1
-        return self._prompts - 1
-
-    def settle(self) -> None:
-        """There is nothing to settle."""
-
-
 @pytest.fixture(scope="module")
 def plain() -> Iterator[dict[str, Scores]]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    units = load_units(TASKS)
-    live = PlainModel()
-    yield {unit.name: score(live, unit, Asked(units, LIMIT)) for unit in units}
+    yield plain_scores(TASKS, LIMIT)
     torch.set_num_threads(before)
 
 
@@ -105,6 +84,14 @@ def test_a_policy_that_drops_pairs_is_asked_the_same_items_in_the_same_prompts(e
     assert topk["dropped_mass"] == 0 < wlr["dropped_mass"]
 
 
+def test_the_mass_that_each_task_lost_is_told_and_over_all_tasks_it_is_the_runs(evaluated: dict[str, Any]) -> None:
+    dropped = {(row["policy"], row["task"]): row["dropped_mass"] for row in evaluated["rows"]}
+    assert all(dropped["topk", task] == 0 < dropped["wlr θ=0.5", task] for task in [*TASKS, ALL])
+    of_tasks = [dropped["wlr θ=0.5", task] for task in TASKS]
+    assert min(of_tasks) < dropped["wlr θ=0.5", ALL] < max(of_tasks)
+    assert dropped["wlr θ=0.5", ALL] == pytest.approx(evaluated["policies"][1]["dropped_mass"])
+
+
 def test_the_row_over_all_items_is_the_sum_of_the_tasks_rows(evaluated: dict[str, Any]) -> None:
     for policy in ("topk", "wlr θ=0.5"):
         rows = {row["task"]: row for row in evaluated["rows"] if row["policy"] == policy}
@@ -132,6 +119,13 @@ def test_table_figure_and_samples_are_written_beside_the_log(evaluated: dict[str
     }  # fmt: skip
     assert all(Path(path).parent == folder and Path(path).stat().st_size for path in evaluated["written"])
     assert summarise_evaluation(folder).document()["rows"] == evaluated["rows"], "read again from the log"
+
+
+def test_the_runs_manifest_says_on_what_everyone_computed_and_in_which_weights(evaluated: dict[str, Any]) -> None:
+    manifest = json.loads((Path(evaluated["directory"]) / "manifest.json").read_text())
+    assert manifest["computes"]["base_station"] == "torch cpu float32"
+    assert set(manifest["computes"]["nodes"]) == set(manifest["devices"])
+    assert all("float32 from float16" in said for said in manifest["computes"]["nodes"].values())
 
 
 def test_a_log_of_no_evaluation_is_told_in_one_line(evaluated: dict[str, Any], tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ import pytest
 from testbed.cli import main
 from testbed.errors import ConfigError, RunLogError
 from testbed.runlog.catalog import describe_run
+from testbed.runlog.columns import ROUND_COLUMNS, columns_of
 from testbed.runlog.manifest import write_manifest
 from testbed.runlog.query import LogDatabase
 from testbed.runlog.reader import read_table
 from testbed.runlog.recorder import Recorder
-from testbed.runlog.schema import ROUND_COLUMNS, columns_of
 
 DEVICES = ["a", "b"]
 NEW_COLUMNS = ["dilation", "bandwidth_hz", "asked_down_bits_per_s"]

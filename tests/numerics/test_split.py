@@ -137,6 +137,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(checkpoint: Path, tmp_
     other.mkdir()
     (other / "letter.txt").write_text("dear")
     refuse(checkpoint, other, r"manifest.json")
+    refuse(checkpoint, other / "letter.txt", "letter.txt: is a file; name a folder")
 
 
 def test_what_is_no_checkpoint_is_refused(model_dir: Path, tmp_path: Path) -> None:
@@ -184,6 +185,8 @@ def test_a_config_that_lies_about_the_number_of_experts_is_refused(said: int, st
 def test_a_config_with_more_experts_than_a_split_can_name_is_refused(model_dir: Path, tmp_path: Path) -> None:
     edit_config(model_dir, num_local_experts=100_000)
     refuse(model_dir, tmp_path / "out", "config.json: experts 100000")
+    edit_config(model_dir, num_local_experts=8, num_experts_per_tok=9)
+    refuse(model_dir, tmp_path / "out", "a gate that picks 9 of 8 experts")
     edit_config(model_dir, num_local_experts="eight")
     refuse(model_dir, tmp_path / "out", "config")
 

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,13 +31,6 @@ memory_gb = 1
 weight_format = "int8"
 [base_station]
 memory_gb = 1
-"""
-OWN_CODE = """
-from transformers import MixtralConfig, MixtralForCausalLM
-class OwnConfig(MixtralConfig):
-    model_type = "own_moe"
-class OwnModel(MixtralForCausalLM):
-    config_class = OwnConfig
 """
 
 
@@ -187,29 +179,6 @@ def test_a_run_of_another_model_or_node_is_refused(
     nodes.write_text(NODES.replace("device-1", "stranger"))
     _, told = typed(capsys, "place", checkpoint, "--nodes", nodes, "--speeds", SAMPLE, code=2)
     assert "stranger was not measured there, only device-0" in told
-
-
-def own_model(folder: Path) -> Path:
-    tiny_model("mixtral", num_hidden_layers=1).save_pretrained(folder, save_original_format=False)
-    config = json.loads((folder / "config.json").read_text())
-    auto: dict[str, Any] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_moe", "auto_map": auto}))
-    (folder / "own.py").write_text(OWN_CODE)
-    return folder
-
-
-def test_a_model_that_needs_code_of_its_own_is_refused_unless_allowed_by_name(
-    nodes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model = own_model(tmp_path / "own")
-    asked = ["split", model, "--nodes", nodes, "--dry-run"]
-    _, told = typed(capsys, *asked, code=3)
-    assert "needs code of its own (own_moe)" in told
-    assert f"--trust-remote-code {model}" in told
-    typed(capsys, *asked, "--trust-remote-code", "another/model", code=3)
-    out, _ = typed(capsys, *asked, "--trust-remote-code", model)
-    assert "device-1" in out
 
 
 def test_a_hub_out_of_reach_is_one_line(nodes: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from testbed.errors import RunLogError
 from testbed.runlog.catalog import State, describe_run, find_run, list_runs, read_results, write_results
+from testbed.runlog.events import hold
 from testbed.runlog.manifest import write_manifest
-from testbed.runlog.seal import hold
 
 WORKLOAD = {"score_prompts": 2, "generate_prompts": 1, "new_tokens": 4}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,6 +97,16 @@ def test_runs_are_compared_in_emulated_time_with_the_first_policy_of_the_first(t
 def test_a_decoded_token_is_compared_with_a_decoded_token_however_many_there_are(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / "a", TWO), run_of(tmp_path / "b", TWO, decoded_tokens=4)]
     assert compare_runs(runs, [0])[1].decode.cut == pytest.approx(0.0)
+
+
+def test_a_prompt_that_lost_a_round_is_compared_with_nothing(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "a", TWO | {"wlr": [4.0, 1.0, 6.0]})
+    path = folder / "rounds-0000.parquet"
+    rows = pq.read_table(path)
+    gone = [(row["policy"], row["prompt"]) for row in rows.to_pylist()].index((0, 1))
+    pq.write_table(pa.concat_tables([rows.slice(0, gone), rows.slice(gone + 1)]), path)
+    _, wlr = compare_runs([folder], [])
+    assert wlr.prefill.cut == pytest.approx(0.5), "of the first and the last prompt"
 
 
 def test_an_aborted_run_is_compared_over_the_prompts_it_finished_and_says_so(

@@ -24,10 +24,11 @@ from safetensors.torch import save_file  # noqa: E402 - torch may be missing
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from jetson_node import cuda_experts  # noqa: E402
+from testbed.checkpoint.ffn_torch import ffn_torch  # noqa: E402
 from testbed.checkpoint.packed_weights import CPU_MATRICES  # noqa: E402
 from testbed.checkpoint.weight_formats import encode_expert  # noqa: E402
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: not yet run on one")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: not yet run on one")
 
 SPEC = FfnSpec(width=96, inner=160, has_bias=True)
 CLOSE = {
@@ -89,7 +90,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         CUDAGraph=StandInGraph, Event=StandInEvent, Stream=lambda: stream, current_stream=lambda: stream,
         stream=lambda _: contextlib.nullcontext(), graph_pool_handle=lambda: (0, 0), synchronize=lambda: None,
         get_device_capability=lambda: (8, 7), mem_get_info=lambda: (1 << 40, 1 << 40),
-        get_device_properties=lambda _: SimpleNamespace(is_integrated=False),
+        get_device_properties=lambda _: SimpleNamespace(is_integrated=False), get_device_name=lambda _: "stand-in",
     )  # fmt: skip
     for name in vars(cuda):
         monkeypatch.setattr(f"jetson_node.cuda_experts.torch.cuda.{name}", getattr(cuda, name), raising=False)
@@ -129,7 +130,8 @@ def check_outputs(experts: cuda_experts.CudaExperts, weights: Any, fmt: str) -> 
         assert np.linalg.norm(out_RD - wanted_RD) < CLOSE[fmt] * np.linalg.norm(wanted_RD)
 
 
-@needs_gpu
+@pytest.mark.cuda
+@no_gpu
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_gpu_computes_what_the_reference_computes_with_and_without_graphs(fmt: str, tmp_path: Path) -> None:
     manifest, weights = encoded_split(tmp_path, fmt)
@@ -142,11 +144,14 @@ def test_a_gpu_computes_what_the_reference_computes_with_and_without_graphs(fmt:
     assert experts.staging_ns > 0
 
 
-@needs_gpu
+@pytest.mark.cuda
+@no_gpu
 def test_a_node_takes_the_gpu_where_there_is_one(tmp_path: Path) -> None:
     manifest, _ = encoded_split(tmp_path, "float16")
     right = manifest.model_copy(update={"dtype": "float16"})
-    assert make_experts(tmp_path, right, "far", dtype="float16").backend == "torch cuda float16"
+    name = torch.cuda.get_device_name()
+    assert make_experts(tmp_path, right, "far").backend == f"torch cuda float16 ({name})"
+    assert make_experts(tmp_path, right, "far", dtype="float32").backend == f"torch cuda float32 from float16 ({name})"
 
 
 @pytest.mark.parametrize("graphs_pay", [True, False])
@@ -175,6 +180,26 @@ def test_a_graph_that_cannot_be_recorded_is_done_without(
     experts = on_cuda(tmp_path, manifest, "float32")
     experts.warm_up()
     assert not experts._graphs
+    check_outputs(experts, weights, "float32")
+
+
+def test_a_recording_that_fails_half_way_is_ended_and_none_is_tried_again(
+    stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(StandInGraph, "capture_begin", lambda *_, **__: told.append("begin"))
+    monkeypatch.setattr(StandInGraph, "capture_end", lambda _: told.append("end"))
+
+    def only_outside_a_recording(*args: Any) -> Any:
+        if told.count("begin") > told.count("end"):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return ffn_torch(*args)
+
+    monkeypatch.setattr(cuda_experts, "ffn_torch", only_outside_a_recording)
+    manifest, weights = encoded_split(tmp_path, "float32")
+    experts = on_cuda(tmp_path, manifest, "float32")
+    experts.warm_up()
+    assert told == ["begin", "end"]
     check_outputs(experts, weights, "float32")
 
 

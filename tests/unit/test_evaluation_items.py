@@ -14,7 +14,7 @@ import pytest
 from testbed.demo.corpus import Document, documents, is_held_out
 from testbed.errors import ConfigError
 from testbed.evaluation import kinds
-from testbed.evaluation.items import ITEMS_PER_FILE, Task, make_items
+from testbed.evaluation.items import FRESH, ITEMS_PER_FILE, STDLIB, Task, make_items
 from testbed.evaluation.kinds import CHOICES, CLOSERS, Find
 from testbed.evaluation.make_tasks import FACTS, write_tasks
 from testbed.evaluation.source import fingerprint, pairs_of_lines, read_source
@@ -84,8 +84,20 @@ def test_a_line_that_a_training_file_has_too_is_not_asked_about() -> None:
 
 
 def test_there_are_500_items_and_the_tasks_that_a_user_gets_have_most_of_them(tasks: list[Task]) -> None:
-    assert sum(len(task.items) for task in tasks if task.kind.in_stdlib) >= 500
+    for tag in (STDLIB, FRESH):
+        assert sum(len(task.items) for task in tasks if tag in task.kind.tags) >= 500
     assert all(task.items for task in tasks)
+
+
+def test_fresh_items_are_of_the_kinds_chosen_and_none_was_asked_when_they_were(tasks: list[Task]) -> None:
+    chosen = {task.kind.name: task for task in tasks if STDLIB in task.kind.tags}
+    fresh = {task.kind.name.replace(FRESH, STDLIB): task for task in tasks if FRESH in task.kind.tags}
+    assert set(fresh) == set(chosen)
+    for name, task in fresh.items():
+        assert not {item.context for item in task.items} & {item.context for item in chosen[name].items}
+        assert not {(item.path, item.place) for item in task.items} & {
+            (item.path, item.place) for item in chosen[name].items
+        }
 
 
 def test_every_answer_stands_in_the_file_right_after_its_context(tasks: list[Task], texts: dict[str, str]) -> None:

@@ -63,6 +63,6 @@ def test_what_a_format_costs_can_be_read_by_machines(tensors: Any, monkeypatch: 
     monkeypatch.setattr(format_costs, "COLD_BYTES", 1 << 20)
     cost = json.loads(json.dumps(format_cost(SPEC, tensors, "int4", (1,)).as_dict()))
     assert cost["weight_format"] == "int4"
-    assert cost["expert_bytes"] < 0.3 * cost["baseline_bytes"]
+    assert cost["expert_bytes"] < 0.32 * cost["baseline_bytes"]
     assert cost["speed"]["rows"] == [1]
     assert 0 < cost["relative_error"] < 0.5

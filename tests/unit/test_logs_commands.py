@@ -141,7 +141,8 @@ def test_recover_seals_what_a_killed_run_left_and_says_how_much(logs: Path, caps
     run_dir = killed(logs)
     rows = {table: read_table(run_dir, table) for table in ("rounds", "tokens")}
     assert main(["logs", "recover", "--logs", str(logs), "--json"]) == 0
-    assert told(capsys) == {"recovered": [{"run": run_dir.name, "rounds": 10, "tokens": 15, "lost": 0}], "failed": []}
+    recovered = {"run": run_dir.name, "rounds": 10, "tokens": 15, "lost": 0, "missing": 0, "damaged": []}
+    assert told(capsys) == {"recovered": [recovered], "failed": []}
     assert not list(run_dir.glob("*.seg*"))
     assert all(read_table(run_dir, table).equals(before) for table, before in rows.items())
     assert main(["logs", "recover", "--logs", str(logs)]) == 0
@@ -166,7 +167,7 @@ def test_recover_goes_on_after_a_run_that_it_cannot_seal(logs: Path, capsys: pyt
     document = json.loads(shown.out.splitlines()[-1])
     assert [found["run"] for found in document["recovered"]] == [whole.name]
     assert "rounds-0000.seg" in shown.err
-    assert (broken / "tokens-0000.seg").exists()
+    assert (broken / "tokens-0000.parquet").exists()
 
 
 def named(days_ago: float, name: str = "small") -> str:

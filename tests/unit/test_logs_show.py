@@ -70,7 +70,19 @@ def test_every_phase_of_the_one_list_is_shown_in_its_order(tmp_path: Path, capsy
     recorded(tmp_path)
     phases = shown_json(capsys, str(tmp_path))["policies"][0]["phases"]
     order = list(dict.fromkeys((times["where"], times["phase"]) for times in phases))
-    assert order[: len(PHASES)] == [(phase.where, phase.name) for phase in PHASES]
+    on_cpus = [(phase.where, phase.name) for phase in PHASES if not phase.on_gpu]
+    assert order[: len(on_cpus)] == on_cpus
+
+
+def test_copies_between_host_and_gpu_are_phases_where_there_were_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded(tmp_path, staging_ns=8 * MS, node_staging_ns=[4 * MS, -1])
+    document = shown_json(capsys, str(tmp_path))
+    told = {(t["where"], t["node"]): t["p50_ms"] for t in of_phase(document, "staging") if t["count"]}
+    assert told == {("BS", None): pytest.approx(8.0, rel=0.01), ("node", "a"): pytest.approx(1.0, rel=0.01)}
+    phases = [times["phase"] for times in document["policies"][0]["phases"]]
+    assert phases.index("quantise") < phases.index("staging") < phases.index("send")
 
 
 @pytest.mark.parametrize("exact", [[], ["--exact"]])

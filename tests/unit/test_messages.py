@@ -47,6 +47,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "boot_id": u64,
     "manifest_sha256": text,
     "experts_held": st.lists(u16, max_size=MAX_SEGMENTS),
+    "computes": text,
     "emulated": st.dictionaries(st.text("abc_é", max_size=12), figure, max_size=MAX_FIGURES),
     "sent_ns": u64,
     "echoed": st.none() | st.tuples(u64, u64),

@@ -101,6 +101,6 @@ def test_a_file_that_is_no_safetensors_is_refused_in_one_line(backend: Any, tmp_
 def test_without_torch_a_node_computes_in_numpy_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, _ = write_split(tmp_path, SPEC)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert make_experts(tmp_path, manifest, "far").backend == "numpy"
+    assert make_experts(tmp_path, manifest, "far").backend == "numpy float32"
     with pytest.raises(CheckpointError, match="torch is not installed"):
         make_experts(tmp_path, manifest, "far", backend="torch")

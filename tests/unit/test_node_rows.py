@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from jetson_node import rows as rows_module
 from jetson_node.rows import NOT_KEPT, RowFiles, Rows, make_room
 from testbed.errors import RunLogError
+from testbed.runlog.columns import NODE_RECORD
 from testbed.runlog.node_rows import DTYPE, FIELDS, MAX_FILE_BYTES, NodeSegment, is_written, read_node_rows
-from testbed.runlog.schema import NODE_RECORD, Reply
-from testbed.runlog.segment import PREAMBLE
+from testbed.runlog.schema import Reply
+from testbed.runlog.segment_header import PREAMBLE
 from testbed.wire.messages import ReplyPart, RequestPart
 
 RUN, BOOT = 2**62 - 5, 2**61 + 3

@@ -15,7 +15,7 @@ from jetson_node.experts import ffn_numpy, make_experts
 from jetson_node.shard import Shard
 from testbed.checkpoint.ffn import FfnSpec, tensor_name
 from testbed.checkpoint.manifest import Manifest, file_entry, shard_name
-from testbed.checkpoint.stored_formats import FORMATS, expert_bytes
+from testbed.checkpoint.stored_formats import FORMATS, expert_bytes, held_format
 from testbed.errors import CheckpointError
 
 pytestmark = [pytest.mark.torch]
@@ -60,12 +60,33 @@ def test_a_node_computes_with_a_shard_in_any_format(fmt: str, backend: Any, tmp_
         assert fmt in experts.backend or backend == "torch"  # torch widens float formats to the dtype asked for
 
 
-def test_the_backend_says_what_it_computes_with(tmp_path: Path) -> None:
-    manifest, _ = encoded_split(tmp_path, "int8")
-    names = [
-        make_experts(tmp_path, manifest, "far", backend=b, weight_format="int8").backend for b in ("numpy", "torch")
-    ]  # type: ignore[arg-type]
-    assert names == ["numpy float32 from int8", "torch cpu int8"]
+@pytest.mark.parametrize(
+    ("fmt", "on_numpy", "on_a_cpu"),
+    [
+        ("float32", "numpy float32", "torch cpu float32"),
+        ("float16", "numpy float32 from float16", "torch cpu float32 from float16"),
+        ("int8", "numpy float32 from int8", "torch cpu int8"),
+    ],
+)
+def test_a_node_says_on_what_it_computes_and_in_which_weights(
+    fmt: str, on_numpy: str, on_a_cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    manifest, _ = encoded_split(tmp_path, fmt)
+    said = {"numpy": on_numpy, "torch": on_a_cpu}
+    for backend in ("numpy", "torch"):
+        experts = make_experts(tmp_path, manifest, "far", backend=backend, weight_format=fmt)  # type: ignore[arg-type]
+        assert experts.backend == said[backend]
+        held = said[backend].split(" from ")[0].split()[-1]
+        assert held == held_format(fmt, "numpy" if backend == "numpy" else "cpu")
+
+
+def test_a_dtype_that_is_asked_for_is_held_also_where_another_one_is_faster(tmp_path: Path) -> None:
+    manifest, _ = encoded_split(tmp_path, "float16")
+    experts = make_experts(tmp_path, manifest, "far", backend="torch", weight_format="float16", dtype="float16")
+    assert experts.backend.startswith("torch ")
+    assert "float16" in experts.backend
+    assert "from" not in experts.backend
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
@@ -98,15 +119,24 @@ def test_a_shard_gives_every_type_as_it_was_written(tmp_path: Path) -> None:
             np.testing.assert_array_equal(wide, values.numpy())
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("backend", "fmt", "mend"),
+    [
+        ("numpy", "float32", "install torch: numpy takes float32, or place fewer"),
+        ("numpy", "int8", "install torch: numpy takes float32, or place fewer"),
+        ("torch", "float32", "split with weight format int8 or int4, or place fewer"),
+        ("torch", "float16", "hold them as they are stored, --dtype float16, or place fewer"),
+    ],
+)
 def test_experts_that_do_not_fit_into_memory_are_refused_before_they_are_loaded(
-    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: Any, fmt: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest, _ = encoded_split(tmp_path, "float32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    manifest, _ = encoded_split(tmp_path, fmt)
     room = psutil.virtual_memory()._replace(available=4 * expert_bytes(SPEC, "float32") - 1)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
-    with pytest.raises(CheckpointError, match=r"4 experts need .* GB free; split with weight format int8 or int4"):
-        make_experts(tmp_path, manifest, "far", backend=backend)
+    with pytest.raises(CheckpointError, match=rf"4 experts need .* GB free; {mend}"):
+        make_experts(tmp_path, manifest, "far", backend=backend, weight_format=fmt)
 
 
 MEASURED = """

@@ -45,6 +45,12 @@ def test_a_node_of_this_run_is_not_refused(registry: Registry, hello: HelloOf) -
     assert registry.refusal(hello("far"), None) is None
 
 
+def test_on_what_a_node_computes_is_known_once_it_was_welcomed(registry: Registry, hello: HelloOf) -> None:
+    node = registry.welcome(hello("near", computes="torch cuda float16 (Orin)"), b"a", 1, 0)
+    assert node.computes == "torch cuda float16 (Orin)"
+    assert registry.nodes[1].computes == "", "far has said nothing yet"
+
+
 @pytest.mark.parametrize(
     ("said", "enrolled_as", "words"),
     [

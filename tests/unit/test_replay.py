@@ -323,11 +323,17 @@ def test_a_run_that_was_killed_while_it_wrote_opens_up_to_its_last_whole_round(t
     assert results.reproduces
 
 
-def test_tokens_that_are_missing_are_said(tmp_path: Path) -> None:
-    written(tmp_path, PURE[:1])
+def test_rounds_of_which_tokens_are_missing_are_left_out_and_that_is_said(tmp_path: Path) -> None:
+    written(tmp_path, PURE[:2])
     path = tmp_path / "tokens-0000.parquet"
     pq.write_table(pq.read_table(path).slice(3), path)
-    with pytest.raises(RunLogError, match="tokens of round 0 are missing"):
+    log = read_log(tmp_path)
+    results = validate(log)
+    assert [row.rounds for row in results.reproduced] == [7, 8]
+    assert results.reproduces
+    assert "left out: 1 rounds, since the log lost tokens of theirs" in results.notes
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(RunLogError, match="no round of policy 0"):
         recorded_policy(read_log(tmp_path), 0)
 
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from testbed.experiment.emulated_time import EMULATED_ROUND
-from testbed.experiment.results import Results, prompt_sums_s, summarise
+from testbed.experiment.policy_rows import prompt_sums_s
+from testbed.experiment.results import Results, summarise
 from testbed.experiment.table import results_notes, results_table
 from testbed.runlog.manifest import write_manifest
 from testbed.runlog.recorder import Recorder

@@ -19,9 +19,10 @@ from bs_node.session import Session
 from testbed.latency.estimator import Estimator, Prediction
 from testbed.policies.base import DROPPED, Routing, Selection, State
 from testbed.policies.topk import TopK
+from testbed.runlog.columns import ROUND_COLUMNS, span, token_columns
 from testbed.runlog.reader import read_table
 from testbed.runlog.recorder import OWN_COLUMNS, Recorder
-from testbed.runlog.schema import ROUND_COLUMNS, GenerationPhase, Status, span, token_columns
+from testbed.runlog.schema import GenerationPhase, Status
 
 DEVICES, EXPERTS, TOKENS, WIDTH = 3, 3, 2, 4
 NAN = float("nan")

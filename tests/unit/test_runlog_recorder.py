@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from testbed.errors import RunLogError
 from testbed.runlog import table_writer
-from testbed.runlog.reader import lost_rows, read_events, read_table
+from testbed.runlog.columns import KEY_NAMES, ROUND_COLUMNS, Column, columns_of, token_columns
+from testbed.runlog.reader import losses, read_events, read_table
 from testbed.runlog.recorder import OWN_COLUMNS, Recorder
-from testbed.runlog.schema import KEY_NAMES, ROUND_COLUMNS, TABLES, Column, columns_of, token_columns
+from testbed.runlog.schema import TABLES
 
 Values = dict[str, Any]
 
@@ -212,7 +213,7 @@ def test_a_full_disk_is_said_in_one_clear_line_counted_and_the_rows_so_far_stay_
     assert "\n" not in str(caught.value)
     for table, lost in (("rounds", 4), ("tokens", 6)):
         assert set(read_table(tmp_path, table)["round"].to_pylist()) == {0, 1, 4}
-        assert lost_rows(tmp_path, table) == lost
+        assert losses(tmp_path, table).full_disk == lost
 
 
 def test_no_space_left_on_the_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from testbed.runlog import schema
+from testbed.runlog import columns, schema
 from testbed.runlog.describe import readme
 
 LOGS_README = Path(__file__).parents[2] / "logs" / "README.md"
-ALL_COLUMNS = (*schema.ROUND_COLUMNS, *schema.token_columns(), *schema.NODE_RECORD, *schema.NODE_COLUMNS)
+ALL_COLUMNS = (*columns.ROUND_COLUMNS, *columns.token_columns(), *columns.NODE_RECORD, *columns.NODE_COLUMNS)
 
 
 def test_the_readme_of_the_logs_is_what_the_schema_says() -> None:
@@ -38,31 +38,32 @@ def test_every_column_names_its_kind_and_the_unit_that_its_name_ends_in() -> Non
 
 
 def test_every_phase_that_has_a_column_has_one_of_the_rounds_table() -> None:
-    names = {column.name for column in schema.ROUND_COLUMNS}
+    names = {column.name for column in columns.ROUND_COLUMNS}
     assert {phase.column for phase in schema.PHASES if phase.column} <= names
     assert [phase.name for phase in schema.PHASES if phase.where == "node"] == [
         "queue",
         "dequantise",
+        "staging",
         "compute",
         "quantise",
     ]
 
 
 def test_a_record_ends_with_an_aligned_commit_mark() -> None:
-    for columns in (schema.columns_of("rounds", 8), schema.columns_of("tokens", 8), schema.columns_of("tokens", 0)):
-        dtype = schema.record_dtype(columns, top_k=3, experts=8)
+    for table, experts in (("rounds", 8), ("tokens", 8), ("tokens", 0)):
+        dtype = columns.record_dtype(columns.columns_of(table, experts), top_k=3, experts=8)
         assert dtype.names is not None
-        assert dtype.names[-1] == schema.COMMIT
+        assert dtype.names[-1] == columns.COMMIT
         assert dtype.fields is not None
-        assert dtype.fields[schema.COMMIT][1] == dtype.itemsize - 8
+        assert dtype.fields[columns.COMMIT][1] == dtype.itemsize - 8
         assert dtype.itemsize % 8 == 0
 
 
 def test_a_gate_without_scores_leaves_no_score_column() -> None:
-    assert "score" not in {column.name for column in schema.columns_of("tokens", experts=0)}
+    assert "score" not in {column.name for column in columns.columns_of("tokens", experts=0)}
 
 
 def test_unknown_is_written_as_a_value_that_no_measurement_has() -> None:
-    assert schema.missing_value(np.dtype("<i8")) == -1
-    assert schema.missing_value(np.dtype("<u8")) == 2**64 - 1
-    assert np.isnan(schema.missing_value(np.dtype("<f8")))
+    assert columns.missing_value(np.dtype("<i8")) == -1
+    assert columns.missing_value(np.dtype("<u8")) == 2**64 - 1
+    assert np.isnan(columns.missing_value(np.dtype("<f8")))

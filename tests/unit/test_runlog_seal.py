@@ -12,9 +12,11 @@ import pytest
 
 from testbed.errors import RunLogError
 from testbed.runlog import seal
-from testbed.runlog.reader import read_table
+from testbed.runlog.events import hold
+from testbed.runlog.reader import losses, read_events, read_table
 from testbed.runlog.seal import seal_run
-from testbed.runlog.segment import PREAMBLE, Segment, read_segment
+from testbed.runlog.segment import Segment, read_segment
+from testbed.runlog.segment_header import PREAMBLE
 
 ROW = np.dtype([("round", "<u8"), ("rtt_ns", "<i8"), ("commit", "<u8")], align=True)
 
@@ -28,11 +30,14 @@ def left_behind(run_dir: Path, rows: int = 5, number: int = 0) -> Path:
     return segment.path
 
 
+def first_byte(path: Path) -> int:
+    return int(PREAMBLE.unpack(path.read_bytes()[: PREAMBLE.size])[2])
+
+
 def mark(path: Path, index: int, value: int) -> None:
     """Overwrite the commit mark of one record."""
-    (_, _, first_byte, _) = PREAMBLE.unpack(path.read_bytes()[: PREAMBLE.size])
     with path.open("r+b") as file:
-        file.seek(first_byte + (index + 1) * ROW.itemsize - 8)
+        file.seek(first_byte(path) + (index + 1) * ROW.itemsize - 8)
         file.write(value.to_bytes(8, "little"))
 
 
@@ -43,7 +48,7 @@ def test_sealing_replaces_the_segment_by_an_equal_zstd_parquet_file(tmp_path: Pa
     assert not path.exists()
     assert read_table(tmp_path, "rounds").equals(live)
     assert live["rtt_ns"].to_pylist() == [None, 0, 1, 2, 3]
-    parquet = pq.ParquetFile(sealed)
+    parquet = pq.ParquetFile(sealed.path)
     assert parquet.metadata.row_group(0).column(0).compression == "ZSTD"
     assert json.loads(parquet.schema_arrow.metadata[b"wdmoe"])["run_id"] == "run"
 
@@ -92,7 +97,7 @@ def test_a_segment_whose_parquet_reads_back_short_is_kept(tmp_path: Path, monkey
 
 def test_a_run_that_is_being_recorded_cannot_be_sealed_by_another(tmp_path: Path) -> None:
     left_behind(tmp_path)
-    lock = seal.hold(tmp_path)
+    lock = hold(tmp_path)
     with pytest.raises(RunLogError, match="still being recorded"):
         seal_run(tmp_path)
     os.close(lock)
@@ -107,14 +112,89 @@ def test_a_torn_last_row_is_not_read_and_the_rows_before_it_are(tmp_path: Path) 
     assert read_table(tmp_path, "rounds").num_rows == 5
 
 
-def test_rows_behind_a_gap_are_reported_read_up_to_it_and_never_deleted(tmp_path: Path) -> None:
+def test_rows_around_a_gap_are_read_and_sealed_and_those_that_are_missing_are_counted(tmp_path: Path) -> None:
     path = left_behind(tmp_path)
     mark(path, 2, 0)
-    with pytest.warns(UserWarning, match="rows 2 to 2 never reached the disk"):
-        assert read_table(tmp_path, "rounds")["round"].to_pylist() == [0, 1]
-    with pytest.raises(RunLogError, match="rows 2 to 2 never reached the disk"):
+    with pytest.warns(UserWarning, match="1 rows never reached the disk"):
+        live = read_table(tmp_path, "rounds")
+    assert live["round"].to_pylist() == [0, 1, 3, 4]
+    (sealed,) = seal_run(tmp_path)
+    assert (sealed.rows, sealed.missing, sealed.damaged) == (4, 1, path.with_suffix(".damaged"))
+    assert not path.exists()
+    assert read_segment(path.with_suffix(".damaged")).missing == 1, "what is left of the row stays"
+    assert read_table(tmp_path, "rounds").equals(live)
+    assert losses(tmp_path, "rounds") == (None, 1)
+    (event,) = read_events(tmp_path)
+    assert (event["kind"], event["part"], event["rows"]) == ("rows_missing", "rounds-0000", 1)
+
+
+def test_a_segment_of_which_nothing_is_left_but_what_was_sealed_is_removed(tmp_path: Path) -> None:
+    path = left_behind(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(first_byte(path) + 2 * ROW.itemsize)
+        file.write(bytes(ROW.itemsize))
+    (sealed,) = seal_run(tmp_path)
+    assert (sealed.rows, sealed.missing, sealed.damaged) == (4, 1, None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "rounds-0000.parquet"]
+
+
+def test_a_row_whose_mark_is_there_and_whose_other_bytes_are_not_is_missing(tmp_path: Path) -> None:
+    path = left_behind(tmp_path)
+    for byte in range(ROW.itemsize - 8):
+        content = bytearray(path.read_bytes())
+        content[first_byte(path) + 3 * ROW.itemsize + byte] ^= 1
+        torn = tmp_path / "torn.seg"
+        torn.write_bytes(content)
+        rows = read_segment(torn)
+        assert (rows.records["round"].tolist(), rows.missing, rows.remains) == ([0, 1, 2, 4], 1, True), byte
+
+
+def test_a_round_that_lost_a_row_is_not_sealed_so_that_every_round_has_one_for_each_device(
+    tmp_path: Path,
+) -> None:
+    segment = Segment(tmp_path / "rounds-0000.seg", {"table": "rounds", "devices": ["a", "b"]}, ROW, capacity=8)
+    segment.columns["round"][:6] = [0, 0, 1, 1, 2, 2]
+    for _ in range(3):
+        segment.commit(2)
+    mark(segment.path, 3, 0)
+    (sealed,) = seal_run(tmp_path)
+    assert (sealed.rows, sealed.missing) == (4, 2)
+    assert read_table(tmp_path, "rounds")["round"].to_pylist() == [0, 0, 2, 2]
+
+
+def test_a_last_round_that_has_only_begun_is_neither_read_nor_missing(tmp_path: Path) -> None:
+    segment = Segment(tmp_path / "rounds-0000.seg", {"table": "rounds", "devices": ["a", "b"]}, ROW, capacity=8)
+    segment.commit(3)
+    rows = read_segment(segment.path)
+    assert (len(rows.records), rows.missing, rows.remains) == (2, 0, False)
+
+
+def test_of_a_segment_without_checksums_only_rows_before_the_gap_are_believed(tmp_path: Path) -> None:
+    segment = Segment(tmp_path / "rounds-0000.seg", {}, ROW, capacity=8, checked=False)
+    segment.columns["round"][:5] = np.arange(5)
+    for index in (0, 1, 3, 4):
+        mark(segment.path, index, index + 1)
+    (sealed,) = seal_run(tmp_path)
+    assert (sealed.rows, sealed.missing, sealed.damaged) == (2, 3, tmp_path / "rounds-0000.damaged")
+    assert read_table(tmp_path, "rounds")["round"].to_pylist() == [0, 1]
+
+
+@pytest.mark.parametrize("torn", [b'{"kind": "torn', bytes(700), b'{"kind": 1\n\0\0\n', b"[1]\n"])
+def test_what_a_crash_left_behind_the_last_event_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+    left_behind(tmp_path)
+    whole = b'{"kind": "a"}\n{"kind": "b"}\n'
+    (tmp_path / "events.jsonl").write_bytes(whole + torn)
+    seal_run(tmp_path)
+    assert (tmp_path / "events.jsonl").read_bytes() == whole
+
+
+def test_a_part_that_cannot_be_sealed_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    os.truncate(left_behind(tmp_path, number=0), 10)
+    left_behind(tmp_path, number=1)
+    with pytest.raises(RunLogError, match=r"rounds-0000\.seg"):
         seal_run(tmp_path)
-    assert path.exists()
+    assert (tmp_path / "rounds-0000.seg").exists()
+    assert (tmp_path / "rounds-0001.parquet").exists()
 
 
 def test_sealed_and_live_segments_are_read_together_in_order(tmp_path: Path) -> None:
@@ -178,9 +258,9 @@ def test_a_foreign_file_is_one_clear_line(tmp_path: Path, name: str) -> None:
 def test_a_flipped_bit_in_a_sealed_page_is_noticed(tmp_path: Path) -> None:
     left_behind(tmp_path)
     (sealed,) = seal_run(tmp_path)
-    content = bytearray(sealed.read_bytes())
+    content = bytearray(sealed.path.read_bytes())
     content[60] ^= 1
-    sealed.write_bytes(content)
+    sealed.path.write_bytes(content)
     with pytest.raises(RunLogError, match=r"rounds-0000\.parquet"):
         read_table(tmp_path, "rounds")
 

@@ -12,9 +12,10 @@ import pytest
 from testbed.cli import main
 from testbed.errors import RunLogError
 from testbed.runlog import schema
+from testbed.runlog.columns import ROUND_COLUMNS, record_dtype, token_columns
 from testbed.runlog.manifest import write_manifest
-from testbed.runlog.reader import lost_rows, read_table
-from testbed.runlog.schema import ROUND_COLUMNS, SCHEMA_VERSION, record_dtype, token_columns
+from testbed.runlog.reader import losses, read_table
+from testbed.runlog.schema import SCHEMA_VERSION
 from testbed.runlog.segment import Segment
 
 # What schema 1 of the first runs did not have.
@@ -48,12 +49,19 @@ def test_an_older_run_that_was_killed_is_read_recovered_shown_and_queried(
     run_dir = older_run(tmp_path / "20250101-000000-old")
     live = read_table(run_dir, "rounds")
     assert live["round"].to_pylist() == list(range(ROUNDS))
-    assert lost_rows(run_dir, "rounds") is None, "not counted then: unknown, not 0"
+    assert losses(run_dir, "rounds").full_disk is None, "not counted then: unknown, not 0"
     assert main(["logs", "recover", run_dir.name, "--logs", str(tmp_path), "--json"]) == 0
     (recovered,) = json.loads(capsys.readouterr().out)["recovered"]
-    assert recovered == {"run": run_dir.name, "rounds": ROUNDS, "tokens": ROUNDS, "lost": None}
+    assert recovered == {
+        "run": run_dir.name,
+        "rounds": ROUNDS,
+        "tokens": ROUNDS,
+        "lost": None,
+        "missing": 0,
+        "damaged": [],
+    }
     assert read_table(run_dir, "rounds").equals(live)
-    assert lost_rows(run_dir, "rounds") is None
+    assert losses(run_dir, "rounds").full_disk is None
     assert main(["logs", "show", run_dir.name, "--logs", str(tmp_path)]) == 0
     assert "vanilla" in capsys.readouterr().out
 
@@ -75,7 +83,7 @@ def test_a_run_of_a_newer_schema_is_refused_in_one_line_and_left_alone(
     run_dir = older_run(tmp_path / "20990101-000000-new", SCHEMA_VERSION + 1)
     if sealed:
         with monkeypatch.context() as then:
-            then.setattr("testbed.runlog.segment.SCHEMA_VERSION", schema.SCHEMA_VERSION + 1)
+            then.setattr("testbed.runlog.segment_header.SCHEMA_VERSION", schema.SCHEMA_VERSION + 1)
             assert main(["logs", "recover", run_dir.name, "--logs", str(tmp_path)]) == 0
         assert pq.read_schema(run_dir / "rounds-0000.parquet").names
     before = sorted((path.name, path.stat().st_size) for path in run_dir.iterdir())

@@ -13,7 +13,7 @@ import pytest
 from testbed.config import load_run_file
 from testbed.runlog.catalog import State, describe_run, find_run, list_runs, read_results
 from testbed.runlog.compare import compare_runs
-from testbed.runlog.reader import read_events, read_manifest, read_table
+from testbed.runlog.reader import read_events, read_manifest, read_parquet, read_table
 from testbed.runlog.replay_inputs import read_log
 from testbed.runlog.replay_validation import validate
 from testbed.runlog.schema import CONFIG, EVENTS, MANIFEST
@@ -67,6 +67,14 @@ def test_every_token_of_the_sample_has_its_rounds() -> None:
     assert set(tokens["round"].to_pylist()) == set(rounds["round"].to_pylist())
     assert [event["kind"] for event in events].count("scored") == 3 * len(POLICIES)
     assert [event["kind"] for event in events].count("generated") == len(POLICIES)
+
+
+def test_the_samples_nodes_have_rows_of_their_own_and_told_how_they_were() -> None:
+    rounds, blocks = (read_parquet(SAMPLE / f"{name}.parquet") for name in ("rounds-0000", "nodes"))
+    sent = {(row["round"], row["device"]) for row in rounds.to_pylist() if row["rows"]}
+    assert sent == {(row["round"], row["device"]) for row in blocks.to_pylist() if row["policy"] is not None}
+    told = {event["device"] for event in read_events(SAMPLE) if event["kind"] == "telemetry"}
+    assert told == set(read_manifest(SAMPLE)["devices"])
 
 
 def test_what_the_sample_took_is_shown_from_its_summary_and_nothing_is_written(sample: Path) -> None:

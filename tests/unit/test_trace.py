@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from recorded_rounds import BOUND_NS, POLICIES, Recorded, record_rounds
 
 from testbed.cli import main
-from testbed.errors import RunLogError
+from testbed.errors import ConfigError, RunLogError
 from testbed.runlog.chrome_trace import Track, chrome_trace
 from testbed.runlog.reader import read_events, read_table
 from testbed.runlog.schema import Status
@@ -254,13 +254,16 @@ def test_a_choice_of_nothing_is_refused_and_leaves_no_file(recorded: Recorded, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_only_when_told(recorded: Recorded, tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_when_told(
+    recorded: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "trace.json"
     path.write_text("precious")
-    with pytest.raises(RunLogError, match="--force"):
-        write_trace(recorded.folder, path)
+    call = ["logs", "trace", str(recorded.folder), "--out", str(path)]
+    assert main(call) == ConfigError.exit_code
+    assert "--force" in capsys.readouterr().err
     assert path.read_text() == "precious"
-    write_trace(recorded.folder, path, replace=True)
+    assert main([*call, "--force"]) == 0
     assert read_trace(path)
 
 
@@ -301,7 +304,7 @@ def test_a_range_that_is_none_is_one_line(recorded: Recorded, text: str, capsys:
 
 def test_times_are_exact_to_the_nanosecond(tmp_path: Path) -> None:
     times_ns = [0, 1, 999, 1001, *np.random.default_rng(0).integers(0, 10**14, 5000).tolist()]
-    with chrome_trace(tmp_path / "trace.json", 0, replace=False) as trace:
+    with chrome_trace(tmp_path / "trace.json", 0) as trace:
         for time_ns in times_ns:
             trace.slice(Track(1, 1), "a", time_ns, 2 * time_ns, "b")
     read = [(event["ts_ns"], event["dur_ns"]) for event in read_trace(tmp_path / "trace.json")]

@@ -10,7 +10,7 @@ from splits import random_weights
 
 from jetson_node.experts import ffn_numpy
 from testbed.checkpoint.ffn import FfnSpec
-from testbed.checkpoint.stored_formats import FORMATS, decoded, expert_bytes, group_size, stored_tensors
+from testbed.checkpoint.stored_formats import FORMATS, GROUP, decoded, expert_bytes, stored_tensors
 from testbed.errors import CheckpointError
 
 pytestmark = [pytest.mark.torch]
@@ -77,7 +77,7 @@ def test_a_packed_product_is_that_of_the_decoded_matrix_but_for_rounding(
     exact_RO = x @ matrix_OI.T
     terms_OI = np.abs(matrix_OI)
     if fmt == "int4":  # the kernel may round (q - 8) * scale and the sum with zero to bfloat16
-        zero_OI = np.abs(as_numpy(stored)["up_scale_zero"][..., 1].repeat(group_size(inputs), 1)[:, :inputs])
+        zero_OI = np.abs(as_numpy(stored)["up_scale_zero"][..., 1].repeat(GROUP, 1)[:, :inputs])
         terms_OI = terms_OI + 2 * zero_OI
     slack = 2**-7 if fmt == "int4" else inputs * 2**-23  # sums are kept in float32
     bound_RO = 2**-8 * np.abs(exact_RO) + slack * (np.abs(x) @ terms_OI.T) + 1e-12
@@ -102,7 +102,7 @@ def test_no_weight_is_further_from_its_encoding_than_half_a_step(
         bound_OI = 0.51 * stored["up_scale"][:, None]
     else:  # the zero is rounded to bfloat16, and so may the ends of the range be cut
         step_OG, zero_OG = np.moveaxis(stored["up_scale_zero"], -1, 0)
-        bound_OI = (0.51 * step_OG + 2**-8 * np.abs(zero_OG)).repeat(group_size(inputs), 1)[:, :inputs]
+        bound_OI = (0.51 * step_OG + 2**-8 * np.abs(zero_OG)).repeat(GROUP, 1)[:, :inputs]
     assert (error_OI <= bound_OI).all()
 
 
