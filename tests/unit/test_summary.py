@@ -207,9 +207,7 @@ def test_a_summary_that_was_not_written_whole_is_no_summary_and_the_rows_stay_se
     assert summary_of(run_dir).rows == 2
 
 
-def test_rows_that_are_missing_are_told_and_the_others_summed_up(
-    recorded: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_rows_that_are_missing_are_told_and_the_others_summed_up(recorded: Callable[..., Path], tmp_path: Path) -> None:
     segment = recorded(round_of(0), round_of(1), close=False) / "rounds-0000.seg"
     header, records, *_ = read_segment(segment)
     content = bytearray(segment.read_bytes())
