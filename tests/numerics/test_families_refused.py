@@ -67,5 +67,5 @@ def test_a_model_with_code_of_its_own_is_refused_and_its_code_is_not_run(tmp_pat
     ran = tmp_path / "ran"
     (tmp_path / "model" / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    refuse(tmp_path, "custom code", model_type="own_moe", auto_map=own)
+    refuse(tmp_path, "needs code of its own", model_type="own_moe", auto_map=own)
     assert not ran.exists()
