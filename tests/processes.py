@@ -23,6 +23,16 @@ MARK = "TESTBED_TEST_MARK"  # inherited by every descendant, whoever its parent 
 TESTBED = str(Path(sys.executable).with_name("testbed"))
 JETSON_NODE = (sys.executable, "-m", "jetson_node")
 LOOK_EVERY_S = 0.05
+EXACT = """
+[wire]  # exact: what int8 rounds, the company in a batch may tip over
+down = "fp32"
+up = "fp32"
+
+[timeouts]  # of a machine that is busy with other things
+silence_s = 60.0
+reply_s = 60.0
+join_s = 90.0
+"""
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import ConfigError
-from testbed.fleet.rack_device import Layers, RackDevice
+from testbed.fleet.rack_device import LOOK_EVERY_S, Layers, RackDevice
 from testbed.fleet.rack_inventory import OWN_MARK, inventory_text, write_inventory
 from testbed.fleet.rack_network import RackNetwork, bridge_exists, choose_subnet, forwarding, remove_network
 from testbed.fleet.rack_plan import RackPlan, refuse_foreign, require_sense
@@ -37,6 +37,7 @@ from testbed.fleet.rack_system import DeviceCgroup, mounted_below, overlays, rem
 from testbed.paths import runtime_directory, state_directory
 
 NAME = re.compile(r"[a-z][a-z0-9]{0,6}")
+UNMOUNTED_WITHIN_S = 2.0
 Say = Callable[[str], None]
 
 
@@ -190,8 +191,9 @@ class Rack:
             with suppress(OSError, UnicodeDecodeError):
                 if Path(plan.inventory).read_text().startswith(OWN_MARK):
                     Path(plan.inventory).unlink()
-        if mounted_below(self.folder):
-            time.sleep(0.2)  # a namespace that has just ended may hold one a moment longer
+        gone_by_s = time.monotonic() + UNMOUNTED_WITHIN_S
+        while mounted_below(self.folder) and time.monotonic() < gone_by_s:
+            time.sleep(LOOK_EVERY_S)  # a namespace that has just ended may hold one a moment longer
         remove_tree(self.folder)
 
     @contextmanager

@@ -24,20 +24,10 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
-from processes import TESTBED, Command, Log, run, run_file, started
+from processes import EXACT, TESTBED, Command, Log, run, run_file, started
 
 pytestmark = [pytest.mark.torch]
 
-SETTING = """
-[wire]  # exact: what int8 rounds, the company in a batch may tip over
-down = "fp32"
-up = "fp32"
-
-[timeouts]  # of a machine that is busy with other things
-silence_s = 60.0
-reply_s = 60.0
-join_s = 90.0
-"""
 KEY = "a-key-of-this-test-only"
 PROMPTS = ["def main(", "import os\n\n\nclass PathTests(", "for i in range(10", "x = "]
 POLICIES = ["topk", "wlr:theta=0.3"]
@@ -65,7 +55,7 @@ class Server:
 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[Server]:
-    file = run_file(folder, SETTING, devices=[""] * 4, policies=['name = "topk"', 'name = "wlr"\ntheta = 0.3'])
+    file = run_file(folder, EXACT, devices=[""] * 4, policies=['name = "topk"', 'name = "wlr"\ntheta = 0.3'])
     (folder / "keys.txt").write_text(f"{KEY}\n")
     argv = [TESTBED, "serve", str(file), "--port", "0", "--json", "--api-key-file", str(folder / "keys.txt"), *options]
     with started(argv, folder) as command:

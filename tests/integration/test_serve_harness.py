@@ -15,7 +15,7 @@ completions = pytest.importorskip("lm_eval.models.openai_completions")
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from processes import TESTBED, run_file, started
+from processes import EXACT, TESTBED, run_file, started
 from transformers import AutoTokenizer
 
 from bs_node.model import plain_model
@@ -24,16 +24,6 @@ from testbed.config.sections import ModelSection
 pytestmark = [pytest.mark.torch]
 
 DEMO = ModelSection().folder
-SETTING = """
-[wire]
-down = "fp32"
-up = "fp32"
-
-[timeouts]  # of a machine that is busy with other things
-silence_s = 60.0
-reply_s = 60.0
-join_s = 90.0
-"""
 CONTEXTS = ["def main(", "import os\nimport ", "for i in range(10", "class PathTests(unittest.TestCase):\n    def "]
 CHOICES = ["self):", "sys\n", "):\n        return"]
 
@@ -51,7 +41,7 @@ def test_the_same_log_likelihoods_and_texts_as_the_plain_model_in_process(
     scored = requests("loglikelihood", [(context, choice) for context in CONTEXTS for choice in CHOICES])
     until = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
     continued = requests("generate_until", [(context, until) for context in CONTEXTS])
-    file = run_file(tmp_path, SETTING, devices=[""] * 2)
+    file = run_file(tmp_path, EXACT, devices=[""] * 2)
     with started([TESTBED, "serve", str(file), "--port", "0", "--json"], tmp_path) as command:
         assert command.process.stdout is not None
         address = json.loads(command.process.stdout.readline())["address"]

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from families import tiny_model
-from processes import run_file
+from processes import EXACT, run_file
 from transformers import AutoTokenizer
 
 from bs_node.model import plain_model
@@ -30,16 +30,6 @@ from testbed.runlog.reader import read_events, read_table
 pytestmark = [pytest.mark.torch]
 
 DEMO = ModelSection().folder
-EXACT = """
-[wire]
-down = "fp32"
-up = "fp32"
-
-[timeouts]  # of a machine that is busy with other things
-silence_s = 60.0
-reply_s = 60.0
-join_s = 90.0
-"""
 PROMPTS = [
     "def main(",
     "import os\n\n\nclass PathTests(unittest.TestCase):\n    def test_",

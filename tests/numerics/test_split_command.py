@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from families import tiny_model
+from typed_commands import typed
 
 from testbed.checkpoint.manifest import load_manifest, verify_file
 from testbed.cli import main
@@ -46,13 +47,6 @@ def nodes(tmp_path: Path) -> Path:
     file = tmp_path / "nodes.toml"
     file.write_text(NODES)
     return file
-
-
-def typed(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    told = capsys.readouterr()
-    return told.out, told.err
 
 
 def test_a_dry_run_says_what_each_node_needs_and_writes_nothing(

@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from families import tiny_model
+from typed_commands import typed
 
 from testbed.checkpoint import format_costs
 from testbed.checkpoint.ffn import tensor_name
 from testbed.checkpoint.format_costs import ERROR_ROWS, FormatSpeed, format_error
 from testbed.checkpoint.manifest import load_manifest, shard_name
-from testbed.cli import main
 
 pytestmark = pytest.mark.torch
 EXPERT = 3 * 64 * 96  # weights of one of the tiny model
@@ -46,13 +46,6 @@ def nodes_file(folder: Path, *nodes: str) -> Path:
     file = folder / "nodes.toml"
     file.write_text("\n".join(f'[[node]]\nname = "n{number}"\n{node}' for number, node in enumerate(nodes)))
     return file
-
-
-def typed(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    told = capsys.readouterr()
-    return told.out, told.err
 
 
 def told_by(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
