@@ -5,12 +5,13 @@ Each works row by row and returns the first row that it refuses, or NO_ROW. No f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import types
 
-from testbed.native import native, read, write
+from testbed.native import inlined, native, read, write
 from testbed.wire.kernels import (
     INFINITY,
     NO_ROW,
@@ -77,46 +78,31 @@ def add_int8(
     return NO_ROW
 
 
-@native(read(types.uint16, 2), *ADD)
-def add_fp16(
-    values_RD: NDArray[np.uint16],
-    weight_R: NDArray[np.float32],
-    token_R: NDArray[np.int64],
-    out_TD: NDArray[np.float32],
-) -> int:
-    for row in range(values_RD.shape[0]):
-        token, weight = token_R[row], weight_R[row]
-        if not 0 <= token < out_TD.shape[0]:
-            return row
-        for column in range(out_TD.shape[1]):
-            out_TD[token, column] += half_as_float(values_RD[row, column]) * weight
-    return NO_ROW
+@inlined
+def as_it_is(value: Any) -> Any:
+    return value
 
 
-@native(read(types.uint16, 2), *ADD)
-def add_bf16(
-    values_RD: NDArray[np.uint16],
-    weight_R: NDArray[np.float32],
-    token_R: NDArray[np.int64],
-    out_TD: NDArray[np.float32],
-) -> int:
-    for row in range(values_RD.shape[0]):
-        token, weight = token_R[row], weight_R[row]
-        if not 0 <= token < out_TD.shape[0]:
-            return row
-        for column in range(out_TD.shape[1]):
-            out_TD[token, column] += bfloat_as_float(values_RD[row, column]) * weight
-    return NO_ROW
+def _adding(dtype: Any, decode: Callable[[Any], Any]) -> Callable[..., int]:
+    """`add_int8` for values that need no scale."""
+
+    @native(read(dtype, 2), *ADD)
+    def add(
+        values_RD: NDArray[Any],
+        weight_R: NDArray[np.float32],
+        token_R: NDArray[np.int64],
+        out_TD: NDArray[np.float32],
+    ) -> int:
+        for row in range(values_RD.shape[0]):
+            token, weight = token_R[row], weight_R[row]
+            if not 0 <= token < out_TD.shape[0]:
+                return row
+            for column in range(out_TD.shape[1]):
+                out_TD[token, column] += decode(values_RD[row, column]) * weight
+        return NO_ROW
+
+    return add
 
 
-@native(read(types.float32, 2), *ADD)
-def add_fp32(
-    y_RD: NDArray[np.float32], weight_R: NDArray[np.float32], token_R: NDArray[np.int64], out_TD: NDArray[np.float32]
-) -> int:
-    for row in range(y_RD.shape[0]):
-        token, weight = token_R[row], weight_R[row]
-        if not 0 <= token < out_TD.shape[0]:
-            return row
-        for column in range(out_TD.shape[1]):
-            out_TD[token, column] += y_RD[row, column] * weight
-    return NO_ROW
+add_fp16, add_bf16 = _adding(types.uint16, half_as_float), _adding(types.uint16, bfloat_as_float)
+add_fp32 = _adding(types.float32, as_it_is)
