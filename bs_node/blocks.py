@@ -156,6 +156,16 @@ def _sort_pairs(
     return found
 
 
+class Piece(NamedTuple):
+    """The rows of one expert on one device, and what they are added to."""
+
+    expert: int
+    device: int
+    rows: slice  # of the device's block
+    weight_R: Float32
+    token_R: NDArray[np.int64]
+
+
 class Combiner:
     """out_TD = the weighted sum of the experts' outputs (Eq. 1), added up while replies still come.
 
@@ -166,45 +176,44 @@ class Combiner:
     def __init__(self, blocks: Sequence[Block], weight_TK: FloatArray, out_TD: Float32) -> None:
         self.blocks, self._weight_TK, self.out_TD = blocks, weight_TK, out_TD
         self._output_of: dict[int, Output] = {}  # device -> its rows
-        self._weight_of: dict[int, Float32] = {}  # device -> the weights of its rows
-        self._ahead: list[tuple[int, Block, slice]] | None = None  # still to add, the next one last
+        self._ahead: list[Piece] | None = None  # still to add, the next one last
         self.spent_ns = 0
+
+    def prepare(self) -> None:
+        """Put the pieces in their order: before the first answer, while there is nothing else to do."""
+        started_ns = monotonic_ns()
+        self._ahead = pieces(self.blocks, self._weight_TK)[::-1]
+        self.spent_ns += monotonic_ns() - started_ns
 
     def take(self, outcome: Outcome) -> None:
         """An answered block: add what has become its turn."""
+        if self._ahead is None:
+            self.prepare()
         started_ns = monotonic_ns()
         if outcome.output is not None:
             self._output_of[outcome.block.device] = outcome.output
-            if self._ahead is None:
-                self._ahead = pieces(self.blocks)[::-1]
-                self._weigh()
-            while self._ahead and (output := self._output_of.get(self._ahead[-1][1].device)) is not None:
-                _, block, rows = self._ahead.pop()
-                self._add(block, rows, output)
+            while self._ahead and (output := self._output_of.get(self._ahead[-1].device)) is not None:
+                piece = self._ahead.pop()
+                output.accumulate(piece.rows, piece.weight_R, piece.token_R, self.out_TD)
         self.spent_ns += monotonic_ns() - started_ns
 
-    def _weigh(self) -> None:
-        """The weights of all rows in one gather."""
-        token_P = np.concatenate([block.token_R for block in self.blocks])
-        choice_P = np.concatenate([block.choice_R for block in self.blocks])
-        weight_P = self._weight_TK[token_P, choice_P].astype(np.float32, copy=False)
-        first = 0
-        for block in self.blocks:
-            self._weight_of[block.device] = weight_P[first : first + block.rows]
-            first += block.rows
 
-    def _add(self, block: Block, rows: slice, output: Output) -> None:
-        output.accumulate(rows, self._weight_of[block.device][rows], block.token_R[rows], self.out_TD)
-
-
-def pieces(blocks: Sequence[Block]) -> list[tuple[int, Block, slice]]:
-    """(expert, block, its rows in the block), ascending by expert."""
-    found: list[tuple[int, Block, slice]] = []
+def pieces(blocks: Sequence[Block], weight_TK: FloatArray) -> list[Piece]:
+    """Ascending by expert, and of one expert by device. The weights of all rows are gathered at once."""
+    found: list[Piece] = []
+    if not blocks:
+        return found
+    token_P = np.concatenate([block.token_R for block in blocks])
+    choice_P = np.concatenate([block.choice_R for block in blocks])
+    weight_P = weight_TK[token_P, choice_P].astype(np.float32, copy=False)
+    before = 0  # rows of earlier blocks
     for block in blocks:
         first = 0
         for expert, rows in block.segments:
-            found.append((expert, block, slice(first, first + rows)))
+            mine, of_all = slice(first, first + rows), slice(before + first, before + first + rows)
+            found.append(Piece(expert, block.device, mine, weight_P[of_all], block.token_R[mine]))
             first += rows
+        before += first
     found.sort(key=itemgetter(0))
     return found
 

@@ -58,21 +58,20 @@ def remote_experts(
     outcomes, exchange_times = session.exchange(routing, state, selection, hidden, combiner)
     times.exchanged(exchange_times)
 
-    arrived_TK = arrived(outcomes, selection.device_TK)
     final_TK, out_TD = selection.weight_TK, combiner.out_TD
     if any(outcome.output is None for outcome in outcomes):
-        final_TK = arrived_weights(selection, arrived_TK)
+        final_TK = arrived_weights(selection, arrived(outcomes, selection.device_TK))
         out_TD = combine(outcomes, final_TK, zeros_like(hidden))
     times.combined(combiner.spent_ns)
     out = given_back(out_TD, hidden, hidden_TD, times)
 
-    session.finish(routing, state, selection, outcomes, arrived_TK, final_TK, times)
+    session.finish(routing, state, selection, outcomes, final_TK, times)
     return out
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """In this memory, fp32 and without a gradient: numpy can have it as it is. Asking is faster than converting."""
-    return tensor.device.type == "cpu" and tensor.dtype is torch.float32 and not tensor.requires_grad
+    return tensor.is_cpu and tensor.dtype is torch.float32 and not tensor.requires_grad
 
 
 def as_float32(tensor: torch.Tensor) -> NDArray[np.float32]:
@@ -99,7 +98,7 @@ def given_back(out_TD: Float32, hidden: Float32 | GpuRows, hidden_TD: torch.Tens
 
 def gated(layer: RemoteLayer, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> Routing:
     """The gate's answer as plain arrays."""
-    experts = expert_TK.cpu().numpy()
+    experts = (expert_TK if expert_TK.is_cpu else expert_TK.cpu()).numpy()
     weights = as_float32(weight_TK)
     scores = layer.gate.scores(experts, weights) if layer.gate is not None else None
     return Routing(layer.index, experts, weights, layer.holds_NE, scores)

@@ -8,13 +8,13 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from bs_node.blocks import Block, Outcome
+from bs_node.blocks import Block, Outcome, Output
 from testbed.errors import MessageError
 from testbed.policies.base import Deadline
 from testbed.runlog.schema import Status
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import Credit, Rejected, ReplyPart, RequestPart, encode
-from testbed.wire.parts import ReceivedRows, part_rows
+from testbed.wire.parts import ReceivedRows, part_rows, whole_reply
 
 CLOCKS_DIFFER = 1e-3  # at most: a node's second is that much longer or shorter than ours
 
@@ -35,7 +35,8 @@ class Transfer:
         self._request, self._rows_TB, self._window_bytes = request, rows_TB, window_bytes
         self._payload_room = payload_room
         self._next_part = self._sent_bytes = self._credited_bytes = 0
-        self._reply: ReceivedRows | None = None
+        self._parts: ReceivedRows | None = None  # of a reply that travels in more than one
+        self._reply: Output | None = None  # once it is whole
 
     @property
     def all_sent(self) -> bool:
@@ -85,12 +86,15 @@ class Transfer:
         wanted = request.rows, request.width, request.padded_width, request.reply_scheme
         if (part.rows, part.width, part.padded_width, part.scheme) != wanted:
             raise MessageError(f"reply of {part.rows} x {part.width} {part.scheme} is not what was asked for")
-        if self._reply is None:
-            self._reply = ReceivedRows(part)
-        complete = self._reply.add(part, payload)
+        if self._parts is None and part.parts == 1:
+            self._reply = whole_reply(part, payload)
+        else:
+            self._parts = self._parts or ReceivedRows(part)
+            if self._parts.add(part, payload):
+                self._reply = self._parts
         self.outcome.bytes_up += len(payload)
         self.outcome.parts_up += 1
-        return complete
+        return self._reply is not None
 
     def complete(self, part: ReplyPart, now_ns: int) -> None:
         note_times(self.outcome, part, now_ns)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bs_node.blocks import NOT_STAGED, Outcome
+from bs_node.blocks import NOT_STAGED, Outcome, arrived
 from bs_node.dispatcher import ExchangeTimes
 from bs_node.tables import table
 from testbed.policies.base import BoolArray, FloatArray, Routing, Selection, State
@@ -105,7 +105,6 @@ class Finished(NamedTuple):
     state: State
     selection: Selection
     outcomes: Sequence[Outcome]
-    arrived_TK: BoolArray
     final_TK: FloatArray
     times: RoundTimes
     asked_3N: FloatArray | None = None  # Hz, bit/s down, bit/s up
@@ -139,14 +138,15 @@ class Rows:
 
     def of(self, done: Finished) -> tuple[dict[str, Any], dict[str, Any]]:
         """Columns of the tables `rounds` and `tokens`, valid until the next call."""
+        arrived_TK = arrived(done.outcomes, done.selection.device_TK)
         tokens = {
             "expert": done.routing.expert_TK,
             "weight": done.routing.weight_TK,
             "asked": done.routing.expert_TK if done.selection.expert_TK is None else done.selection.expert_TK,
-            "kept": done.arrived_TK,
+            "kept": arrived_TK,
             "device": done.selection.device_TK,
             "final_weight": done.final_TK,
-            "orphaned": orphaned(done.routing, done.arrived_TK),
+            "orphaned": orphaned(done.routing, arrived_TK),
         }
         if self._keep_scores and done.routing.score_TE is not None:
             tokens["score"] = done.routing.score_TE

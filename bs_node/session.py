@@ -9,7 +9,7 @@ from time import monotonic_ns
 import numpy as np
 
 from bs_node.band import Band, BandPlan
-from bs_node.blocks import Block, Combiner, Outcome, group
+from bs_node.blocks import Block, Combiner, Outcome, arrived, group
 from bs_node.dispatcher import Dispatcher, ExchangeTimes, Hidden, Watcher
 from bs_node.learning import Estimates, Learning
 from bs_node.probing import Prober
@@ -17,7 +17,7 @@ from bs_node.registry import Node
 from bs_node.round import EarlyEnd
 from bs_node.rows import Finished, RoundTimes, Rows, orphaned
 from testbed.errors import ConfigError, OrphanedTokensError
-from testbed.policies.base import BoolArray, FloatArray, Policy, Routing, Selection, State
+from testbed.policies.base import FloatArray, Policy, Routing, Selection, State
 from testbed.policies.selection import dropped_share
 from testbed.policies.steering import Steered
 from testbed.runlog.recorder import Recorder
@@ -91,7 +91,13 @@ class Session:
             early_end = EarlyEnd(selection.deadline, self.dispatcher.dilation, blocks, len(hidden_TD))
         if self._probe_after_s is not None:
             self._probe_the_unused(routing, state, blocks, hidden_TD.shape[1], self._probe_after_s)
-        watcher = Watcher(self._settle_in_time, answered)
+
+        def sent() -> None:
+            combiner.prepare()
+            if monotonic_ns() >= self._settle_ns:
+                self.settle()
+
+        watcher = Watcher(sent, answered)
         return self.dispatcher.exchange(
             self.rounds, routing.layer, hidden_TD, blocks, watcher=watcher, early_end=early_end
         )
@@ -140,8 +146,9 @@ class Session:
         if isinstance(self.policy, Steered):
             self.policy.begin(int(self.phase))
         selection = self.policy.select(routing, state)
-        answers = selection.device_TK, selection.weight_TK, selection.expert_TK
-        if any(answer is not None and answer.shape != routing.expert_TK.shape for answer in answers):
+        shape, other_TK = routing.expert_TK.shape, selection.expert_TK
+        shaped = selection.device_TK.shape == selection.weight_TK.shape == shape
+        if not shaped or (other_TK is not None and other_TK.shape != shape):
             raise ConfigError(f"policy {self.policy.name}: answers must have the shape of expert_TK")
         share_N, devices = selection.bandwidth_share_N, len(self._nodes)
         if share_N is not None and not (
@@ -166,7 +173,6 @@ class Session:
         state: State,
         selection: Selection,
         outcomes: Sequence[Outcome],
-        arrived_TK: BoolArray,
         final_TK: FloatArray,
         times: RoundTimes,
     ) -> None:
@@ -186,16 +192,14 @@ class Session:
                 "node_boot": [2**64 - 1 if node.boot_id is None else node.boot_id for node in self._nodes],
             }
             asked_3N = None if self.band is None or state.air is None else self.band.asked(state.air)
-            self._unwritten.append(
-                Finished(keys, routing, state, selection, outcomes, arrived_TK, final_TK, times, asked_3N)
-            )
+            self._unwritten.append(Finished(keys, routing, state, selection, outcomes, final_TK, times, asked_3N))
         self.rounds += 1
         self.on_round()
         if isinstance(self.policy, Steered):
             self.policy.observe(
                 int(self.phase), times.round_ns / self.dispatcher.dilation / 1e9, dropped_share(routing, selection)
             )
-        if self._fail_on_orphans and (lost := int(orphaned(routing, arrived_TK).sum())):
+        if self._fail_on_orphans and (lost := int(orphaned(routing, arrived(outcomes, selection.device_TK)).sum())):
             raise OrphanedTokensError(
                 f"round {self.rounds - 1}, layer {routing.layer}: {lost} tokens lost all their "
                 'experts: see events.jsonl for the nodes, or set [on_loss] orphaned = "zero"'
@@ -210,8 +214,3 @@ class Session:
         if self._recorder is not None:
             for done in unwritten:
                 self._recorder.record_round(*self._rows.of(done))
-
-    def _settle_in_time(self) -> None:
-        """A round asks for it once it has sent its own requests: the nodes work meanwhile."""
-        if monotonic_ns() >= self._settle_ns:
-            self.settle()

@@ -18,6 +18,7 @@ ROWS_PER_FILE = 8192  # 1 MB: making a file takes milliseconds, so it must be ra
 TOTAL_BYTES = 256 * 2**20  # of all files in a folder
 REST_NS = 1_000_000_000  # without a block: only then may the loop wait for its disk
 RETRY_NS = 10_000_000_000
+_COMPUTED = int(Reply.COMPUTED)
 NOT_KEPT = "rows_not_kept_bytes"  # figure of a heartbeat
 
 
@@ -25,7 +26,7 @@ class Rows:
     """What a worker tells of its blocks. This one keeps nothing."""
 
     def computed(
-        self, reply: ReplyPart, layer: int, experts: int, complete_ns: int, bytes_down: int, bytes_up: int
+        self, reply: ReplyPart, request: RequestPart, complete_ns: int, bytes_down: int, bytes_up: int
     ) -> None:
         """A block was computed; its reply, whose first header this is, will be sent now. Bytes are of payloads."""
 
@@ -67,13 +68,13 @@ class RowFiles(Rows):
         self._begin_file()
 
     def computed(
-        self, reply: ReplyPart, layer: int, experts: int, complete_ns: int, bytes_down: int, bytes_up: int
+        self, reply: ReplyPart, request: RequestPart, complete_ns: int, bytes_down: int, bytes_up: int
     ) -> None:
         self._last_ns = reply.sent_ns
         self._keep(
             reply.run, reply.round, reply.received_ns, reply.sent_ns, complete_ns, reply.queue_ns, reply.dequantise_ns,
             reply.compute_ns + reply.padding_ns, reply.padding_ns, reply.quantise_ns, bytes_down, bytes_up,
-            reply.rows, reply.width, reply.attempt, layer, experts, Reply.COMPUTED,
+            reply.rows, reply.width, reply.attempt, request.layer, len(request.segments), _COMPUTED,
         )  # fmt: skip
 
     def sent(self) -> None:
@@ -103,9 +104,11 @@ class RowFiles(Rows):
 
     def _keep(self, *row: int) -> None:
         segment = self._segment
-        self._has_room = (segment is not None and not segment.is_full) or self._begin_file()
-        if self._has_room and self._segment is not None:
-            self._segment.append(*row)
+        if segment is None or segment.used == segment.capacity:
+            segment = self._begin_file()
+        self._has_room = segment is not None
+        if segment is not None:
+            segment.append(*row)
         else:
             self.not_kept += 1
             self._uncounted += 1
@@ -117,11 +120,11 @@ class RowFiles(Rows):
             self._segment.count_lost(self._uncounted)
             self._uncounted = 0
 
-    def _begin_file(self) -> bool:
-        """False where there is no room; tried again later, not before every row."""
+    def _begin_file(self) -> NodeSegment | None:
+        """None where there is no room; tried again later, not before every row."""
         now_ns = time.monotonic_ns()
         if now_ns < self._retry_ns:
-            return False
+            return None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             make_room(self._folder, self._total_bytes - self._rows_per_file * DTYPE.itemsize)
@@ -130,11 +133,11 @@ class RowFiles(Rows):
         except (OSError, RunLogError) as error:
             self._retry_ns = now_ns + RETRY_NS
             self._say(str(error))
-            return False
+            return None
         self.close()
         self._segment, self._files = segment, self._files + 1
         self._count()
-        return True
+        return segment
 
     def _say(self, what: str) -> None:
         if not self._said:

@@ -20,7 +20,7 @@ from jetson_node.rows import Rows
 from testbed.errors import MessageError
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import Announce, Credit, Heartbeat, Rejected, ReplyPart, RequestPart, encode
-from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, part_count, part_rows
+from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, part_count, part_rows, whole_block
 from testbed.wire.quantization import SCHEMES, quantise
 
 CREDITS_PER_WINDOW = 4
@@ -28,15 +28,14 @@ CREDITS_PER_WINDOW = 4
 Figures = Callable[[], dict[str, float | None]]
 
 
-class ComputeTimes(NamedTuple):
-    """Stamps of one block on the node's clock, and where its time went, in nanoseconds."""
+class Received(NamedTuple):
+    """A whole block, and when it came on the node's clock."""
 
-    received_ns: int  # last part of the request read
+    block_RD: NDArray[np.float32]
+    payload_bytes: int
+    last_ns: int  # the last part was read ...
     complete_ns: int  # ... and dequantised
-    queue_ns: int
-    dequantise_ns: int
-    compute_ns: int
-    padding_ns: int
+    dequantise_ns: int  # of all parts: those before the last are dequantised while the others travel
 
 
 class Worker:
@@ -88,20 +87,31 @@ class Worker:
                 self._link.send(Rejected(part.round, part.attempt, str(error)[:500]))
 
     def _take(self, part: RequestPart, payload: memoryview) -> None:
+        """Add a part to its block; a part of another block than before voids what was left of that."""
         key = (part.run, part.round, part.attempt)
-        if self._block is None or key != self._block_key:  # a new block: whatever was left of an older one is void
+        if self._block is None or key != self._block_key:
             self._experts.check(part.layer, part.segments, part.rows, part.width)
+            if part.parts == 1:
+                self._block = None
+                self._take_whole(part, payload)
+                return
             self._block = Assembler(part, self._requests, self._max_block_bytes)
             self._block_key, self._credited_bytes, self._dequantise_ns = key, 0, 0
-        started_ns = time.monotonic_ns()
-        complete = self._block.add(part, payload)
+        block, started_ns = self._block, time.monotonic_ns()
+        complete = block.add(part, payload)
         done_ns = time.monotonic_ns()
         self._dequantise_ns += done_ns - started_ns
         if complete:
-            block, self._block = self._block, None
-            self._serve(part, block, started_ns, done_ns)
+            self._block = None
+            self._serve(part, Received(block.block_RD, block.payload_bytes, started_ns, done_ns, self._dequantise_ns))
         else:
-            self._credit(part, self._block)
+            self._credit(part, block)
+
+    def _take_whole(self, request: RequestPart, payload: memoryview) -> None:
+        started_ns = time.monotonic_ns()
+        block_RD = whole_block(request, payload, self._requests, self._max_block_bytes)
+        done_ns = time.monotonic_ns()
+        self._serve(request, Received(block_RD, len(payload), started_ns, done_ns, done_ns - started_ns))
 
     def _credit(self, part: RequestPart, block: Assembler) -> None:
         """A few times per window, and only for a block that the window would stop."""
@@ -112,23 +122,28 @@ class Worker:
             self._credited_bytes = block.payload_bytes
             self._link.send(Credit(part.round, part.attempt, self._credited_bytes))
 
-    def _serve(self, request: RequestPart, block: Assembler, received_ns: int, complete_ns: int) -> None:
+    def _serve(self, request: RequestPart, received: Received) -> None:
         emulated_s = self._pacing.seconds(request.rows, len(request.segments))
         self._announce(request, emulated_s)
         started_ns = time.monotonic_ns()
-        output_RD = self._experts.compute(request.layer, request.segments, block.block_RD)
+        output_RD = self._experts.compute(request.layer, request.segments, received.block_RD)
         computed_ns = time.monotonic_ns()
-        self._learn(request.rows, computed_ns - started_ns)
-        padding_ns = self._pad(emulated_s, started_ns, computed_ns)
-        times = ComputeTimes(
-            received_ns=received_ns,
-            complete_ns=complete_ns,
-            queue_ns=started_ns - complete_ns,  # parts before the last are dequantised while the others travel
-            dequantise_ns=self._dequantise_ns,
-            compute_ns=computed_ns - started_ns,
-            padding_ns=padding_ns,
-        )
-        self._reply(request, output_RD, times, block.payload_bytes)
+        compute_ns = computed_ns - started_ns
+        self._learn(request.rows, compute_ns)
+        padding_ns = self._pad(emulated_s, started_ns, computed_ns) if emulated_s else 0
+        scheme = SCHEMES[request.reply_scheme]
+        quantise_started_ns = time.monotonic_ns()
+        rows_RB = quantise(output_RD, scheme, self._quantised, request.padded_width)
+        sent_ns = time.monotonic_ns()
+        parts = part_count(request.rows, scheme.bytes_per_value * request.padded_width, self._part_bytes)
+        first = ReplyPart(
+            request.run, request.round, request.attempt, 0, parts, request.rows, request.width, request.padded_width,
+            request.reply_scheme, received.last_ns, sent_ns, started_ns - received.complete_ns, received.dequantise_ns,
+            compute_ns, padding_ns, sent_ns - quantise_started_ns, self._experts.staging_ns,
+        )  # fmt: skip
+        self._rows.computed(first, request, received.complete_ns, received.payload_bytes, rows_RB.nbytes)
+        if self._reply(first, rows_RB):
+            self._rows.sent()
 
     def _announce(self, request: RequestPart, emulated_s: float) -> None:
         """Only a block that outlasts a heartbeat needs announcing; on a fast one it would cost more than it tells."""
@@ -148,23 +163,11 @@ class Worker:
             return time.monotonic_ns() - computed_ns
         return 0
 
-    def _reply(
-        self, request: RequestPart, output_RD: NDArray[np.float32], times: ComputeTimes, bytes_down: int
-    ) -> None:
-        scheme = SCHEMES[request.reply_scheme]
-        quantise_started_ns = time.monotonic_ns()
-        rows_RB = quantise(output_RD, scheme, self._quantised, request.padded_width)
-        sent_ns = time.monotonic_ns()
-        parts = part_count(request.rows, scheme.bytes_per_value * request.padded_width, self._part_bytes)
-        first = ReplyPart(
-            request.run, request.round, request.attempt, 0, parts, request.rows, request.width, request.padded_width,
-            scheme.name, times.received_ns, sent_ns, times.queue_ns, times.dequantise_ns, times.compute_ns,
-            times.padding_ns, sent_ns - quantise_started_ns, self._experts.staging_ns,
-        )  # fmt: skip
-        experts = len(request.segments)
-        self._rows.computed(first, request.layer, experts, times.complete_ns, bytes_down, rows_RB.nbytes)
-        for number in range(parts):
-            header = encode(replace(first, part=number) if number else first)
-            if not self._link.send_part(header, rows_RB[part_rows(request.rows, parts, number)]):
-                return  # the connection is gone, and with it whoever asked
-        self._rows.sent()
+    def _reply(self, first: ReplyPart, rows_RB: NDArray[np.uint8]) -> bool:
+        """Send all parts. False when the connection is gone, and with it whoever asked."""
+        if first.parts == 1:
+            return self._link.send_part(encode(first), rows_RB)
+        return all(
+            self._link.send_part(encode(replace(first, part=part)), rows_RB[part_rows(first.rows, first.parts, part)])
+            for part in range(first.parts)
+        )

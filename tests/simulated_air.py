@@ -109,5 +109,5 @@ def play(session: Session, routing: Routing, width: int = 4) -> tuple[State, Sel
     arrived_TK = arrived(outcomes, selection.device_TK)
     final_TK = selection.weight_TK if arrived_TK.all() else arrived_weights(selection, arrived_TK)
     times.combined(combiner.spent_ns)
-    session.finish(routing, state, selection, outcomes, arrived_TK, final_TK, times)
+    session.finish(routing, state, selection, outcomes, final_TK, times)
     return state, selection, combiner.out_TD

@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Meta
 
 from testbed.errors import RunLogError
-from testbed.runlog.columns import COMMIT, NODE_RECORD, record_dtype
+from testbed.runlog.columns import NODE_RECORD, record_dtype
 from testbed.runlog.schema import NODES, SCHEMA_VERSION, Reply
 from testbed.runlog.segment import Records, Segment, read_segment
 from testbed.runlog.segment_header import LOST, PREAMBLE, describe_record
@@ -60,24 +60,22 @@ class NodeRows(NamedTuple):
 
 
 def _struct() -> struct.Struct:
-    """The record up to its commit mark, padded as numpy aligns it."""
+    """The record, padded as numpy aligns it; its commit mark comes last."""
     codes, at = "<", 0
-    for name, (field, offset, *_) in FIELDS.items():
+    for field, offset, *_ in FIELDS.values():
         codes += "x" * (offset - at)
-        at = offset
-        if name != COMMIT:
-            code = {1: "b", 2: "h", 4: "i", 8: "q"}[field.itemsize]
-            codes += code.upper() if field.kind == "u" else code
-            at += field.itemsize
+        at = offset + field.itemsize
+        code = {1: "b", 2: "h", 4: "i", 8: "q"}[field.itemsize]
+        codes += code.upper() if field.kind == "u" else code
     return struct.Struct(codes)
 
 
-_RECORD, _MARK, _BYTE = _struct(), struct.Struct("<Q"), struct.Struct("<B")
+_RECORD, _BYTE = _struct(), struct.Struct("<B")
 _REPLY_AT = FIELDS["reply"][1]
 
 
 class NodeSegment:
-    """One file of a node's rows, open for appending: a packed write into shared memory, then the row's mark."""
+    """One file of a node's rows, open for appending: a packed write into shared memory, the row's mark at its end."""
 
     def __init__(self, path: Path, device: str, boot_id: int, segment: int, capacity: int) -> None:
         """Reserve room for `capacity` rows. Raises RunLogError where the disk has none."""
@@ -90,16 +88,10 @@ class NodeSegment:
         self._map = mmap.mmap(self._file, 0)
         self._last = self._next = PREAMBLE.unpack_from(self._map)[2]  # the first byte after the header
 
-    @property
-    def is_full(self) -> bool:
-        return self.used == self.capacity
-
     def append(self, *values: int) -> None:
         """One row: a value for every column of NODE_RECORD, each within its type. There must be room."""
-        at = self._next
-        _RECORD.pack_into(self._map, at, *values)
-        self.used += 1
-        _MARK.pack_into(self._map, at + _RECORD.size, self.used)  # only now the row exists
+        at, self.used = self._next, self.used + 1
+        _RECORD.pack_into(self._map, at, *values, self.used)  # field after field: with its mark, the last, a row exists
         self._last, self._next = at, at + DTYPE.itemsize
 
     def sent(self) -> None:

@@ -15,11 +15,14 @@ class KeptRows(Generic[Value]):
 
     def __init__(self, dtype: type[Value]) -> None:
         self._flat: NDArray[Value] = np.zeros(0, dtype)
+        self._taken: NDArray[Any] = self._flat.reshape(0, 0)
 
     def take(self, rows: int, width: int) -> NDArray[Value]:
         """Rows to write to, C-contiguous; what was taken before is no longer valid."""
+        if self._taken.shape == (rows, width):  # as in most rounds
+            return self._taken
         size = rows * width
         if self._flat.size < size:
             self._flat = np.zeros(size, self._flat.dtype)  # what travels as filler is never another program's memory
-        taken: NDArray[Any] = self._flat[:size].reshape(rows, width)
-        return taken
+        self._taken = self._flat[:size].reshape(rows, width)
+        return self._taken

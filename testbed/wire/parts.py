@@ -6,7 +6,7 @@ would look like a dead peer; parts keep every link talking.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from testbed.errors import MessageError
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import ReplyPart, RequestPart
-from testbed.wire.quantization import SCHEMES, accumulate, dequantise, received
+from testbed.wire.quantization import SCHEMES, Scheme, accumulate, dequantise, received
 
 MAX_BLOCK_BYTES = 2**30
 
@@ -36,6 +36,46 @@ def part_rows(rows: int, parts: int, part: int) -> slice:
     return slice(part * size, min((part + 1) * size, rows))
 
 
+def check_claim(part: RequestPart | ReplyPart, max_bytes: int = MAX_BLOCK_BYTES) -> None:
+    """Raises MessageError for a block that is not to be: before any memory is taken for it."""
+    if part.rows * part.width * 4 > max_bytes:
+        raise MessageError(f"block of {part.rows} x {part.width} values is above the limit of {max_bytes} bytes")
+    if part.padded_width < part.width:
+        raise MessageError(f"rows of {part.width} values cannot be filled up to {part.padded_width}")
+    if part.part >= part.parts:
+        raise MessageError(f"part {part.part} of {part.parts} does not exist")
+
+
+def whole_block(
+    only: RequestPart | ReplyPart, payload: bytes | memoryview, room: KeptRows[np.float32], max_bytes: int
+) -> NDArray[np.float32]:
+    """The rows of a block that travelled in one part, as most do. Raises MessageError as an `Assembler` does."""
+    check_claim(only, max_bytes)
+    block_RD = room.take(only.rows, only.width)
+    dequantise(payload, only.rows, only.width, SCHEMES[only.scheme], block_RD, only.padded_width)
+    return block_RD
+
+
+class EncodedRows(NamedTuple):
+    """The rows of a block as they travelled, checked: decoded while they are added up."""
+
+    encoded_R: NDArray[Any]
+    scheme: Scheme
+
+    def accumulate(
+        self, rows: slice, weight_R: NDArray[np.float32], token_R: NDArray[np.int64], out_TD: NDArray[np.float32]
+    ) -> None:
+        """Add `rows` of them to rows token_R of `out_TD`, times weight_R (Eq. 1), in their order."""
+        accumulate(self.encoded_R[rows], weight_R, token_R, out_TD, self.scheme)
+
+
+def whole_reply(only: ReplyPart, payload: bytes | memoryview) -> EncodedRows:
+    """The rows of a reply that travelled in one part, as most do. Raises MessageError as `ReceivedRows` does."""
+    check_claim(only)
+    scheme = SCHEMES[only.scheme]
+    return EncodedRows(received(payload, only.rows, only.width, scheme, only.padded_width), scheme)
+
+
 class Parts:
     """Which parts of one block have come. The first part fixes what the others must say, all but their number.
 
@@ -44,10 +84,7 @@ class Parts:
     """
 
     def __init__(self, first: RequestPart | ReplyPart, max_bytes: int = MAX_BLOCK_BYTES) -> None:
-        if first.rows * first.width * 4 > max_bytes:
-            raise MessageError(f"block of {first.rows} x {first.width} values is above the limit of {max_bytes} bytes")
-        if first.padded_width < first.width:
-            raise MessageError(f"rows of {first.width} values cannot be filled up to {first.padded_width}")
+        check_claim(first, max_bytes)
         if first.parts > 1 and part_rows(first.rows, first.parts, first.parts - 1).start >= first.rows:
             raise MessageError(f"{first.rows} rows do not travel in {first.parts} parts")
         self.first, self.scheme = first, SCHEMES[first.scheme]
@@ -110,9 +147,6 @@ class ReceivedRows(Parts):
     ) -> None:
         """Add `rows` of the complete block to rows token_R of `out_TD`, times weight_R (Eq. 1), in their order."""
         first = self.first
-        if rows.stop - rows.start == first.rows and first.parts == 1 and (whole_R := self._encoded[0]) is not None:
-            accumulate(whole_R, weight_R, token_R, out_TD, self.scheme)
-            return
         for number, encoded_R in enumerate(self._encoded):
             part = part_rows(first.rows, first.parts, number)
             begin, end = max(part.start, rows.start), min(part.stop, rows.stop)

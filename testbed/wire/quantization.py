@@ -116,19 +116,17 @@ def dequantise(
     differs, a scale is negative, not finite or would overflow, or a value is not finite; `out_RD` is then partly
     written. Raises ValueError if `out_RD` has another shape.
     """
-    on_wire = max(width, padded_width)
-    _check_length(payload, rows, on_wire, scheme)
+    encoded_R = _as_rows(payload, rows, max(width, padded_width), scheme)
     if out_RD.shape != (rows, width):
         raise ValueError(f"{rows} rows of width {width} do not fit an array of shape {out_RD.shape}")
-    refused = _DECODE[scheme.name](_as_rows(payload, rows, on_wire, scheme), out_RD)
-    _check_row(refused, rows, scheme)
+    refused = _DECODE[scheme.name](encoded_R, out_RD)
+    if refused != kernels.NO_ROW:
+        raise _refusal(refused, rows, scheme)
 
 
 def received(payload: bytes | memoryview, rows: int, width: int, scheme: Scheme, padded_width: int = 0) -> NDArray[Any]:
     """A payload as rows of what travels, not decoded and not copied. Raises MessageError as `dequantise` does."""
-    on_wire = max(width, padded_width)
-    _check_length(payload, rows, on_wire, scheme)
-    encoded_R = _as_rows(payload, rows, on_wire, scheme)
+    encoded_R = _as_rows(payload, rows, max(width, padded_width), scheme)
     if scheme.name == "int8":
         refused = reply_kernels.check_int8(encoded_R)
     elif scheme.name == "fp32":
@@ -136,27 +134,24 @@ def received(payload: bytes | memoryview, rows: int, width: int, scheme: Scheme,
     else:
         infinity = kernels.HALF_INFINITY if scheme.name == "fp16" else kernels.BFLOAT_INFINITY
         refused = reply_kernels.check_16_bits(encoded_R, width, infinity)
-    _check_row(refused, rows, scheme)
+    if refused != kernels.NO_ROW:
+        raise _refusal(refused, rows, scheme)
     return encoded_R
 
 
-def _check_length(payload: bytes | memoryview, rows: int, on_wire: int, scheme: Scheme) -> None:
-    if len(payload) != scheme.payload_bytes(rows, on_wire):
-        raise MessageError(
-            f"payload of {len(payload)} bytes cannot be {rows} {scheme.name} rows of width {on_wire}, which take "
-            f"{scheme.payload_bytes(rows, on_wire)}"
-        )
-
-
-def _check_row(refused: int, rows: int, scheme: Scheme) -> None:
-    if refused != kernels.NO_ROW:
-        wrong = "a scale out of range" if scheme.has_scales else "a value that is not finite"
-        raise MessageError(f"{scheme.name} payload has {wrong} in row {refused} of {rows}")
+def _refusal(row: int, rows: int, scheme: Scheme) -> MessageError:
+    wrong = "a scale out of range" if scheme.has_scales else "a value that is not finite"
+    return MessageError(f"{scheme.name} payload has {wrong} in row {row} of {rows}")
 
 
 def _as_rows(payload: bytes | memoryview, rows: int, on_wire: int, scheme: Scheme) -> NDArray[Any]:
-    dtype = _DTYPE_OF[scheme.name]
-    return np.ndarray((rows, scheme.row_bytes(on_wire) // dtype.itemsize), dtype, payload)
+    row_bytes, dtype = scheme.row_bytes(on_wire), _DTYPE_OF[scheme.name]
+    if len(payload) != rows * row_bytes:
+        raise MessageError(
+            f"payload of {len(payload)} bytes cannot be {rows} {scheme.name} rows of width {on_wire}, which take "
+            f"{rows * row_bytes}"
+        )
+    return np.ndarray((rows, row_bytes // dtype.itemsize), dtype, payload)
 
 
 _DTYPE_OF = {name: np.dtype(kind) for name, kind in (("int8", "u1"), ("fp16", "<u2"), ("bf16", "<u2"), ("fp32", "<f4"))}

@@ -26,7 +26,7 @@ from testbed.runlog.manifest import write_manifest
 from testbed.runlog.query import LogDatabase
 from testbed.runlog.reader import read_manifest, read_table
 from testbed.runlog.schema import NODES, Reply, Status
-from testbed.wire.messages import ReplyPart
+from testbed.wire.messages import ReplyPart, RequestPart
 
 RUN, BOOT = 2**61 + 12345, 1
 RESIDENCE_NS = 700_000
@@ -49,7 +49,9 @@ def rows_of(recorded: Recorded) -> list[dict[str, Any]]:
 def keep(files: RowFiles, number: int, received_ns: int, *, run: int = RUN, is_sent: bool = True) -> None:
     """A block of two rows that came then."""
     times = received_ns, received_ns + RESIDENCE_NS, 1, 2, 3, 0, 4
-    files.computed(ReplyPart(run, number, 0, 0, 1, 2, 64, 64, "fp32", *times), 0, 1, received_ns + 2, 512, 512)
+    request = RequestPart(run, number, 0, 0, 0, 1, 2, 64, 64, "fp32", "fp32", [(1, 2)])
+    reply = ReplyPart(run, number, 0, 0, 1, 2, 64, 64, "fp32", *times)
+    files.computed(reply, request, received_ns + 2, 512, 512)
     if is_sent:
         files.sent()
 

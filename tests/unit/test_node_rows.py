@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from jetson_node import rows as rows_module
 from jetson_node.rows import NOT_KEPT, RowFiles, Rows, make_room
@@ -34,7 +35,8 @@ def reply_part(number: int, run: int = RUN) -> ReplyPart:
 
 
 def keep_block(rows: Rows, number: int, run: int = RUN) -> None:
-    rows.computed(reply_part(number, run), layer=3, experts=2, complete_ns=1100, bytes_down=1088, bytes_up=1087)
+    request = replace(request_part(number), layer=3)
+    rows.computed(reply_part(number, run), request, complete_ns=1100, bytes_down=1088, bytes_up=1087)
 
 
 def request_part(number: int) -> RequestPart:

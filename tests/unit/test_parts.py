@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from testbed.errors import MessageError
 from testbed.wire.kept import KeptRows
 from testbed.wire.messages import ReplyPart, RequestPart
-from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, ReceivedRows, part_count, part_rows
+from testbed.wire.parts import MAX_BLOCK_BYTES, Assembler, ReceivedRows, part_count, part_rows, whole_block, whole_reply
 from testbed.wire.quantization import SCHEMES, SchemeName, accumulate, dequantise, quantise
 
 REQUEST = RequestPart(7, 3, 0, 1, 0, 4, 10, 6, 6, "int8", "fp16", [(2, 3), (6, 7)])
@@ -181,6 +181,48 @@ def test_rows_added_up_as_they_came_are_bitwise_those_decoded_first(
     assert out_TD.tobytes() == expected_TD.tobytes()
 
 
+@given(shape=st.tuples(st.integers(1, 40), st.integers(1, 20)), scheme=schemes, padding=st.integers(0, 9))
+def test_what_travelled_in_one_part_is_what_would_have_been_put_together(
+    shape: tuple[int, int], scheme: SchemeName, padding: int
+) -> None:
+    (rows, width), kind = shape, SCHEMES[scheme]
+    payload = quantise(hidden(rows, width, seed=rows), kind, None, width + padding).tobytes()
+    request, reply = (
+        replace(first, rows=rows, width=width, padded_width=width + padding, scheme=scheme, parts=1)
+        for first in (REQUEST, REPLY)
+    )
+    assembler = Assembler(request, KeptRows(np.float32))
+    assembler.add(request, payload)
+    block_RD = whole_block(request, payload, KeptRows(np.float32), rows * width * 4)
+    assert block_RD.tobytes() == assembler.block_RD.tobytes()
+    one_R, token_R, out_TD = np.ones(rows, np.float32), np.arange(rows), np.zeros((rows, width), np.float32)
+    whole_reply(reply, payload).accumulate(slice(0, rows), one_R, token_R, out_TD)
+    assert (out_TD == block_RD).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "payload", "match"),
+    [
+        ({"part": 1}, bytes(240), "part 1 of 1 does not exist"),
+        ({"padded_width": 5}, bytes(240), "cannot be filled up"),
+        ({}, bytes(239), "payload of 239 bytes cannot be 10 fp32 rows"),
+        ({}, np.full(60, np.inf, np.float32).tobytes(), "not finite in row 0"),
+        ({"rows": 2**20, "width": 2**10, "padded_width": 2**10}, bytes(240), "above the limit of"),
+    ],
+)
+@pytest.mark.parametrize("first", [REQUEST, REPLY], ids=["request", "reply"])
+def test_a_single_part_is_refused_as_an_assembler_refuses_it(
+    first: Any, change: dict[str, Any], payload: bytes, match: str
+) -> None:
+    only = replace(first, **{"parts": 1, "scheme": "fp32", **change})
+    with pytest.raises(MessageError, match=match):
+        whole_block(only, payload, KeptRows(np.float32), MAX_BLOCK_BYTES)
+    with pytest.raises(MessageError, match=match):
+        whole_reply(only, payload)
+    with pytest.raises(MessageError, match=match):
+        Assembler(only, KeptRows(np.float32)).add(only, payload)
+
+
 @pytest.mark.parametrize("change", [{"part": 4}, {"part": 0}, {"part": 1, "compute_ns": 9}])
 def test_rows_kept_as_they_came_refuse_the_parts_that_an_assembler_refuses(change: dict[str, Any]) -> None:
     sent = payloads(hidden(REPLY.rows, REPLY.width), REPLY.scheme, REPLY.parts)
@@ -210,6 +252,9 @@ def test_a_claim_that_cannot_be_is_refused_before_memory_is_taken(change: dict[s
     try:
         with pytest.raises(MessageError, match=r"above the limit of|do not travel in"):
             Assembler(replace(REQUEST, **change), NoRoom(np.float32), max_bytes)
+        if replace(REQUEST, **change).parts == 1:
+            with pytest.raises(MessageError, match="above the limit of"):
+                whole_block(replace(REQUEST, **change), b"", NoRoom(np.float32), max_bytes)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()

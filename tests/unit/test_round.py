@@ -276,7 +276,20 @@ def test_a_reply_that_is_not_as_asked_breaks_the_rules_and_gives_no_output(chang
     assert current.waiting == {1}
 
 
-@pytest.mark.parametrize("change", [{"compute_ns": 71}, {"parts": 2}, {"sent_ns": 0}])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_reply_whose_times_cannot_be_gives_no_output(parts: int) -> None:
+    current = started(0)
+    *before, (last, payload) = reply(parts=parts)
+    for part in before:
+        current.take(0, *part, NOW_NS)
+    sent_ns = current.transfers[0].outcome.bs_sent_ns or 0
+    with pytest.raises(MessageError, match="cannot have been the node's"):
+        current.take(0, last, payload, sent_ns + last.sent_ns - last.received_ns - 10**6)
+    current.give_up(0, Status.INVALID)
+    assert current.transfers[0].outcome.output is None
+
+
+@pytest.mark.parametrize("change", [{"compute_ns": 71}, {"parts": 2}, {"parts": 1}, {"sent_ns": 0}])
 def test_parts_of_a_reply_that_contradict_each_other_break_the_rules(change: dict[str, Any]) -> None:
     current = started(0)
     first, second, _ = reply(parts=3)

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from spread_columns import NAMES, spread
 
-from bs_node.blocks import Block, Combiner, Outcome, arrived
+from bs_node.blocks import Block, Combiner, Outcome
 from bs_node.dispatcher import ExchangeTimes, InProcessDispatcher
 from bs_node.registry import Node
 from bs_node.rows import BAND, OF_OUTCOME, OF_ROUND, Finished, RoundTimes, Rows, orphaned
@@ -26,7 +26,6 @@ from testbed.runlog.schema import GenerationPhase, Status
 
 DEVICES, EXPERTS, TOKENS, WIDTH = 3, 3, 2, 4
 NAN = float("nan")
-KEPT_TK = np.ones((TOKENS, 2), bool)
 OF_BAND = span(BAND, NAMES)
 KEYS = {"round": 5, "policy": 0, "prompt": 1, "layer": 2, "phase": 0, "attempt": 0, "dilation": 5.0}
 
@@ -87,7 +86,7 @@ def finished(*outcomes: Outcome, routing: Routing | None = None) -> Finished:
     times = RoundTimes(1000, 1, 2, 3, ExchangeTimes(4, 5, 6, 7), last_ns=1500)
     keys = {**KEYS, "node_boot": [1, 2, 2**64 - 1]}
     asked_3N = np.arange(3.0 * DEVICES).reshape(3, DEVICES)
-    return Finished(keys, routing, state_of(), selection, outcomes, KEPT_TK, routing.weight_TK, times, asked_3N)
+    return Finished(keys, routing, state_of(), selection, outcomes, routing.weight_TK, times, asked_3N)
 
 
 def of(done: Finished, keep_scores: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -240,8 +239,7 @@ def play(session: Session, layer: int = 2) -> NDArray[np.float32]:
     outcomes, exchange_times = session.exchange(routing, state, selection, hidden_TD, combiner)
     times.exchanged(exchange_times)
     times.combined(combiner.spent_ns)
-    arrived_TK = arrived(outcomes, selection.device_TK)
-    session.finish(routing, state, selection, outcomes, arrived_TK, selection.weight_TK, times)
+    session.finish(routing, state, selection, outcomes, selection.weight_TK, times)
     return combiner.out_TD
 
 
