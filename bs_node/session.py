@@ -104,7 +104,7 @@ class Session:
 
     def begin_prompt(self, prompt: int, dilation: float) -> None:
         """Channel and nodes are those of this prompt from now on, and the band is shared evenly."""
-        self.prompt, self.dispatcher.dilation = prompt, dilation
+        self.prompt, self.phase, self.dispatcher.dilation = prompt, GenerationPhase.PREFILL, dilation
         if self.band is not None:
             self.band.give(None)
             self.dispatcher.air_ratio_WN = None

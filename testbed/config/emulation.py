@@ -18,7 +18,7 @@ class EmulationSection(Section):
     compute: Literal["paper", "roofline"] = "paper"
     weight_bytes_per_value: Annotated[float, Field(gt=0, le=8)] = 2.0  # roofline: experts in fp16
     dilation: Annotated[float, Field(ge=1, le=1000)] = 5.0  # every emulated time is stretched by it ...
-    decode_dilation: Annotated[float, Field(ge=1, le=1000)] = 10.0  # ... and by this in prompts that are continued
+    decode_dilation: Annotated[float, Field(ge=1, le=1000)] = 10.0  # ... and by this while tokens are decoded
     links: Literal["relay", "namespaces"] = "relay"  # how [radio] comes about
 
 

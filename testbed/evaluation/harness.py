@@ -21,7 +21,7 @@ class Live(Protocol):
     model: Any
     tokenizer: Any
 
-    def begin_prompt(self, continued: bool = False) -> int: ...
+    def begin_prompt(self) -> int: ...
 
     def settle(self) -> None: ...
 
@@ -64,14 +64,14 @@ class LiveLM(HFLM):  # type: ignore[misc] # lm_eval has no types
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _model_call(self, inps: Any, *_: Any, **__: Any) -> Any:
-        return self._prompt(len(inps), lambda: super(LiveLM, self)._model_call(inps), continued=False)
+        return self._prompt(len(inps), lambda: super(LiveLM, self)._model_call(inps))
 
     def _model_generate(self, context: Any, *args: Any, **settings: Any) -> Any:
         generate = super()._model_generate
-        return self._prompt(len(context), lambda: generate(context, *args, **settings), continued=True)
+        return self._prompt(len(context), lambda: generate(context, *args, **settings))
 
-    def _prompt(self, sequences: int, call: Callable[[], Any], *, continued: bool) -> Any:
-        self.prompts.append(self._live.begin_prompt(continued=continued))
+    def _prompt(self, sequences: int, call: Callable[[], Any]) -> Any:
+        self.prompts.append(self._live.begin_prompt())
         answer = call()
         self._live.settle()
         self._done += sequences

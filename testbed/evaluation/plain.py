@@ -33,7 +33,7 @@ class PlainModel:
         self.model, self.tokenizer = plain_model(folder, "float32"), AutoTokenizer.from_pretrained(folder)
         self._prompts = 0
 
-    def begin_prompt(self, continued: bool = False) -> int:  # noqa: ARG002 - as a live model's
+    def begin_prompt(self) -> int:
         self._prompts += 1
         return self._prompts - 1
 

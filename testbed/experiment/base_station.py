@@ -22,7 +22,7 @@ from bs_node.wireless import WirelessDispatcher, WireSettings
 from testbed.checkpoint.manifest import Manifest
 from testbed.collector import keep_what_is_loaded
 from testbed.config import RunConfig
-from testbed.experiment.emulation import row_bytes
+from testbed.experiment.emulation import Emulation, row_bytes
 from testbed.policies.base import Policy
 from testbed.runlog.recorder import Recorder
 from testbed.runlog.schema import GenerationPhase
@@ -42,19 +42,19 @@ class BaseStation:
         policies: Sequence[Policy],
         *,
         enrolled: dict[str, str] | None,
-        begin_prompt: Callable[[int, int, bool], float],
+        emulation: Emulation,
         estimates: Estimates,
         band: Band | None = None,
     ) -> None:
         """`policies` are those of the run file, in its order; the first one is in force.
 
-        `begin_prompt(policy, prompt, continued)` is told before each prompt and answers with its dilation.
+        `emulation` is told of each prompt and phase, and answers with the dilation.
         """
         torch.set_num_threads(1)  # the nodes need the other cores
         torch.manual_seed(config.seed)
         timeouts, wire = config.timeouts, config.wire
         self._config, self._manifest, self._policies = config, manifest, policies
-        self.recorder, self._begin_prompt = recorder, begin_prompt
+        self.recorder, self._emulation = recorder, emulation
         self.run_number = secrets.randbits(62)  # by which nodes' own rows are known
         self._registry = Registry(manifest, int(timeouts.silence_s * 1e9))
         self._station = Station(
@@ -99,8 +99,9 @@ class BaseStation:
         tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = args[0] if args else kwargs["inputs_embeds"]  # embedded elsewhere: one more axis
-        one_token = tokens.shape[1] == 1
-        self.session.phase = GenerationPhase.DECODE if one_token else GenerationPhase.PREFILL
+        phase = GenerationPhase.DECODE if tokens.shape[1] == 1 else GenerationPhase.PREFILL
+        if phase is not self.session.phase:
+            self.session.phase, self.session.dispatcher.dilation = phase, self._emulation.enter(phase)
 
     def wait_for_nodes(self, still_possible: Callable[[], None]) -> None:
         """Until every node has joined; see Station.wait_for_all."""
@@ -130,9 +131,9 @@ class BaseStation:
         layer = self._manifest.layers[0]
         return Prober(self.session.dispatcher, layer.index, self._manifest.holds_NE(layer.index), layer.spec.width)
 
-    def begin(self, policy: int, prompt: int, *, continued: bool) -> None:
-        """Let channel and nodes become those of this prompt."""
-        self.session.begin_prompt(prompt, self._begin_prompt(policy, prompt, continued))
+    def begin(self, policy: int, prompt: int) -> None:
+        """Let channel and nodes become those of this prompt, and of its prefill."""
+        self.session.begin_prompt(prompt, self._emulation.begin_prompt(policy, prompt))
 
     def emulated(self) -> dict[str, Any]:
         """What the nodes said of themselves when they joined."""

@@ -1,7 +1,7 @@
 """What surrounds an emulated run: the channel, the links, the pace of the nodes. The base station sees none of it.
 
 A prompt is the unit of time: before each one the channel is drawn, links and nodes are set, and what a run with known
-latencies may know is told. Everything is stretched by the prompt's dilation.
+latencies may know is told. Everything is stretched by a dilation, decoding by one of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from testbed.latency.csi import EstimatedCsi, ReportedCsi
 from testbed.latency.known import KnownLatencies
 from testbed.latency.model import ComputeModel, expert_flop_per_row
 from testbed.policies.base import FloatArray
+from testbed.runlog.schema import GenerationPhase
 from testbed.wire.quantization import SCHEMES
 
 NOTHING = ComputeModel(0.0, 0.0, 0.0)
@@ -42,9 +43,11 @@ class Emulation:
         self._links: LinkEmulator | NamespaceLinks | None = None
         self._names = [device.name for device in config.devices]
         self.namespaces: dict[str, str] = {}
-        self._now = (0, 1.0)  # prompt and dilation in force
+        self._prompt, self._rates = 0, Links(*np.full((2, len(self._names)), np.inf))  # in force, without dilation
+        self._factor_N = np.ones(len(self._names))
         self._began_s: list[float] = []  # emulated time at which the first policy began each prompt
-        self._last = (monotonic(), 1.0)  # when the prompt under way began, and its dilation
+        self._passed_s = 0.0  # emulated time of the prompt under way until the moment in `_last` ...
+        self._last = (monotonic(), 1.0)  # ... from which on time is stretched by that
         self.compute_N = [compute_model(config, manifest, device) for device in config.devices]
         self.pace_files = {device.name: pace_dir / f"{device.name}.pace" for device in config.devices}
         self.row_bytes_down, self.row_bytes_up = row_bytes(config, manifest)
@@ -86,48 +89,64 @@ class Emulation:
         self._links = self._stack.enter_context(relay)
         return dict(relay.ports)
 
-    def begin_prompt(self, policy: int, prompt: int, continued: bool) -> float:
-        """Draw the channel, set links and nodes. Returns the dilation in force from now on."""
-        emulation = self._config.emulation
-        dilation = (emulation.decode_dilation if continued else emulation.dilation) if self.emulates else 1.0
-        factor_N = np.array([self._throttle(device.name, prompt) for device in self._config.devices])
-        for file, factor in zip(self.pace_files.values(), factor_N, strict=True):
-            write_factor(file, factor * dilation)
+    def begin_prompt(self, policy: int, prompt: int) -> float:
+        """Draw the channel, set links and nodes for its prefill. Returns the dilation in force from now on."""
+        self._prompt = prompt
+        self._factor_N = np.array([self._throttle(device.name, prompt) for device in self._config.devices])
+        self._stretch(GenerationPhase.PREFILL)
         facts: dict[str, list[float]] = {}
         if self._channel is not None:
-            links = self._channel.links(prompt, self._time_s(prompt, dilation))
-            self._now = prompt, dilation
+            links = self._channel.links(prompt, self._time_s(prompt))
             self._set_links(links)
-            self._tell(links, factor_N)
+            self._tell(links, self._factor_N)
             self._report(prompt)
             facts = {name.removesuffix("_N"): rate_N.tolist() for name, rate_N in links._asdict().items()}
             facts["token_s"] = self._truth.token_s_N.tolist()
         if self.emulates:
-            self._on_event("channel", policy=policy, prompt=prompt, factor=factor_N.tolist(), **facts)
-        return dilation
+            self._on_event("channel", policy=policy, prompt=prompt, factor=self._factor_N.tolist(), **facts)
+        return self._dilation
+
+    def enter(self, phase: GenerationPhase) -> float:
+        """The prompt goes over to prefill, or to decoding. Returns the dilation in force from now on."""
+        self._stretch(phase)
+        self._set_links(self._rates)
+        return self._dilation
+
+    def _stretch(self, phase: GenerationPhase) -> None:
+        """Let time, and the nodes, go at the dilation of this phase."""
+        now_s, (since_s, before) = monotonic(), self._last
+        self._passed_s += (now_s - since_s) / before
+        emulation = self._config.emulation
+        stretched = emulation.decode_dilation if phase is GenerationPhase.DECODE else emulation.dilation
+        self._last = now_s, stretched if self.emulates else 1.0
+        for file, factor in zip(self.pace_files.values(), self._factor_N, strict=True):
+            write_factor(file, factor * self._dilation)
+
+    @property
+    def _dilation(self) -> float:
+        return self._last[1]
 
     def _throttle(self, device: str, prompt: int) -> float:
         return float(np.prod([t.factor_at(prompt) for t in self._config.throttles if t.device == device]))
 
-    def _time_s(self, prompt: int, dilation: float) -> float:
+    def _time_s(self, prompt: int) -> float:
         """Emulated time at which the prompt begins: as it was under the first policy that got there."""
-        now_s, (began_s, before) = monotonic(), self._last
-        self._last = now_s, dilation
+        passed_s, self._passed_s = self._passed_s, 0.0
         if prompt == len(self._began_s):
-            last_s = self._began_s[-1] + (now_s - began_s) / before if self._began_s else 0.0
-            self._began_s.append(last_s)
+            self._began_s.append(self._began_s[-1] + passed_s if self._began_s else 0.0)
         return self._began_s[prompt]
 
     def share_band(self, share_N: FloatArray) -> None:
         """Give device n share_N[n] of the band from now on: the links take the rates that the true channel then has."""
         if isinstance(self._channel, RadioChannel):
-            self._set_links(self._channel.shared_links(self._now[0], share_N))
+            self._set_links(self._channel.shared_links(self._prompt, share_N))
 
     def _set_links(self, links: Links) -> None:
-        prompt, dilation = self._now
+        self._rates = links
         if self._links is not None and self._config.radio is not None:
-            down, up = links.down_bits_per_s_N / dilation, links.up_bits_per_s_N / dilation
-            self._links.set_links(prompt, down.tolist(), up.tolist(), self._config.radio.delay_s * dilation)
+            down, up = links.down_bits_per_s_N / self._dilation, links.up_bits_per_s_N / self._dilation
+            delay_s = self._config.radio.delay_s * self._dilation
+            self._links.set_links(self._prompt, down.tolist(), up.tolist(), delay_s)
 
     def _report(self, prompt: int) -> None:
         if isinstance(self.csi, ReportedCsi) and isinstance(self._channel, RadioChannel):

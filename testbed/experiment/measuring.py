@@ -28,7 +28,7 @@ def run_policy(
         for prompt, window in enumerate((*workload.scored, *workload.continued)):
             progress(label, prompt, total)
             continued = prompt >= len(workload.scored)
-            base_station.begin(index, prompt, continued=continued)
+            base_station.begin(index, prompt)
             done = _continue(base_station, window, new_tokens) if continued else _score(base_station, window)
             facts = {"policy": index, "prompt": prompt, "path": window.path}
             base_station.recorder.event("generated" if continued else "scored", **facts, **done)

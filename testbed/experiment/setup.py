@@ -77,7 +77,7 @@ def standing_testbed(
 
         base_station = BaseStation(
             config, split_dir, manifest, sockets, recorder, policies,
-            enrolled=enrolled, begin_prompt=emulation.begin_prompt, estimates=make_estimates(config, emulation),
+            enrolled=enrolled, emulation=emulation, estimates=make_estimates(config, emulation),
             band=make_band(config, emulation, shaped),
         )  # fmt: skip
         if shaped is not None:
@@ -89,7 +89,7 @@ def standing_testbed(
         base_station.wait_for_nodes(fleet.raise_if_dead)
         joined = {"emulated": base_station.emulated(), "computes": base_station.computes()}
         write_manifest(run_dir, {**facts, **joined})
-        base_station.begin(0, 0, continued=False)
+        base_station.begin(0, 0)
         base_station.session.probe_at_join(base_station.prober())
         yield base_station, run_dir
 

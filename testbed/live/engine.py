@@ -129,7 +129,7 @@ class Engine:
         policy = newcomers[0].policy
         if policy is not None and policy != self._live.policy:
             self._live.use_policy(policy)
-        number, began_s = self._live.begin_prompt(continued=True), self._live.clock.now_s()
+        number, began_s = self._live.begin_prompt(), self._live.clock.now_s()
         for continuation in newcomers:
             continuation.number, continuation.began_s = number, began_s
         scored = any(continuation.scores_prompt for continuation in newcomers)

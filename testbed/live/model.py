@@ -1,7 +1,7 @@
 """A run file's testbed as a model to call: its experts are on the nodes, every round of it is measured and logged.
 
 >>> with live_model(config, config_path=file, out=None, insecure=False) as live:
-...     live.begin_prompt(continued=True)
+...     live.begin_prompt()
 ...     live.model.generate(**live.tokenizer("def ", return_tensors="pt").to(live.model.device))
 ...     live.settle()
 """
@@ -83,15 +83,12 @@ class LiveModel:
         self._base_station.use_policy(index)
         self.policy = index
 
-    def begin_prompt(self, continued: bool = False) -> int:
-        """Channel and nodes move on to the next prompt, whose number is returned: the log's rows carry it.
-
-        `continued`: tokens will be generated, else text is scored; emulated time is stretched accordingly.
-        """
+    def begin_prompt(self) -> int:
+        """Channel and nodes move on to the next prompt, whose number is returned: the log's rows carry it."""
         self.settle()
         prompt = self._next_prompt[self.policy]
         self._next_prompt[self.policy] += 1
-        self._base_station.begin(self.policy, prompt, continued=continued)
+        self._base_station.begin(self.policy, prompt)
         return prompt
 
     def settle(self) -> None:

@@ -21,6 +21,7 @@ from testbed.errors import ConfigError
 from testbed.experiment.emulation import NOTHING, Emulation, compute_model, make_channel, make_csi, row_bytes
 from testbed.latency.csi import EstimatedCsi, ReportedCsi
 from testbed.latency.model import ComputeModel, expert_flop_per_row, rate_bits_per_s, token_s
+from testbed.runlog.schema import GenerationPhase
 from testbed.wire.quantization import SCHEMES
 
 SPEC = FfnSpec(width=8, inner=12)
@@ -198,18 +199,21 @@ def test_a_node_goes_at_the_pace_of_its_throttles_stretched_by_the_dilation(tmp_
     with emulating(tmp_path, config) as (emulation, _):
         found = []
         for prompt in range(5):
-            assert emulation.begin_prompt(0, prompt, continued=False) == 5.0
+            assert emulation.begin_prompt(0, prompt) == 5.0
             found.append(paces(emulation))
         assert found == [[5, 5], [5, 50], [5, 100], [5, 10], [15, 5]]
-        assert emulation.begin_prompt(0, 2, continued=True) == 8.0
+        assert emulation.begin_prompt(0, 2) == 5.0
+        assert emulation.enter(GenerationPhase.DECODE) == 8.0
         assert paces(emulation) == [8, 160]
+        assert emulation.enter(GenerationPhase.PREFILL) == 5.0
+        assert paces(emulation) == [5, 100]
 
 
-@pytest.mark.parametrize("continued", [False, True])
-def test_where_nothing_is_emulated_time_is_not_stretched(tmp_path: Path, continued: bool) -> None:
+def test_where_nothing_is_emulated_time_is_not_stretched(tmp_path: Path) -> None:
     with emulating(tmp_path, config_of(throttle=[throttle(0, 4.0)])) as (emulation, told):
         assert not emulation.emulates
-        assert emulation.begin_prompt(0, 0, continued=continued) == 1.0
+        assert emulation.begin_prompt(0, 0) == 1.0
+        assert emulation.enter(GenerationPhase.DECODE) == 1.0
         assert paces(emulation) == [4.0, 1.0]
         assert told == []
 
@@ -218,15 +222,16 @@ def test_where_nothing_is_emulated_time_is_not_stretched(tmp_path: Path, continu
 def test_a_channel_or_one_slow_device_is_enough_to_stretch_time(tmp_path: Path, config: RunConfig) -> None:
     with emulating(tmp_path, config) as (emulation, _):
         assert emulation.emulates
-        assert emulation.begin_prompt(0, 0, continued=False) == config.emulation.dilation
-        assert emulation.begin_prompt(0, 1, continued=True) == config.emulation.decode_dilation
+        assert emulation.begin_prompt(0, 0) == config.emulation.dilation
+        assert emulation.enter(GenerationPhase.DECODE) == config.emulation.decode_dilation
+        assert emulation.begin_prompt(0, 1) == config.emulation.dilation
 
 
 def test_every_prompts_channel_is_told_as_it_is_without_dilation(tmp_path: Path) -> None:
     config = config_of(*TWO_SLOW, radio=PLACED, throttle=[throttle(0, 2.0, 1, 2)], emulation={"dilation": 7.0})
     with emulating(tmp_path, config) as (emulation, told):
         for policy, prompt in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            emulation.begin_prompt(policy, prompt, continued=False)
+            emulation.begin_prompt(policy, prompt)
     assert [(event["kind"], event["policy"], event["prompt"]) for event in told] == [
         ("channel", 0, 0), ("channel", 0, 1), ("channel", 1, 0), ("channel", 1, 1),
     ]  # fmt: skip
@@ -259,7 +264,7 @@ def test_an_oracle_knows_every_prompt_and_a_static_estimate_the_first_only(
         assert np.isnan(emulation.known.token_s_N).all()
         for policy, prompt in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
             clock.now_s += 10
-            emulation.begin_prompt(policy, prompt, continued=prompt == 2)
+            emulation.begin_prompt(policy, prompt)
             truth_s = eq6_s(config, channel.links(prompt, 0.0), [1.0, 10.0 if prompt == 1 else 1.0])
             first_s = eq6_s(config, channel.links(0, 0.0), [1.0, 1.0])
             assert emulation.known.token_s_N.tolist() == pytest.approx(truth_s if follows else first_s)
@@ -282,26 +287,28 @@ def down_megabits(told: list[dict[str, Any]]) -> list[float]:
 
 def test_a_trace_goes_on_with_emulated_time(tmp_path: Path, clock: Clock) -> None:
     with emulating(tmp_path, traced(tmp_path, dilation=4.0, decode_dilation=10.0)) as (emulation, told):
-        emulation.begin_prompt(0, 0, continued=False)
+        emulation.begin_prompt(0, 0)
         clock.now_s += 4 * 1.5
-        emulation.begin_prompt(0, 1, continued=False)  # at 1.5 s
+        emulation.begin_prompt(0, 1)  # at 1.5 s
         clock.now_s += 4 * 0.5
-        emulation.begin_prompt(0, 2, continued=True)  # at 2 s
-        clock.now_s += 10 * 1.9
-        emulation.begin_prompt(0, 3, continued=False)  # at 3.9 s: the prompt before was continued
+        emulation.begin_prompt(0, 2)  # at 2 s
+        clock.now_s += 4 * 0.4
+        emulation.enter(GenerationPhase.DECODE)
+        clock.now_s += 10 * 1.5
+        emulation.begin_prompt(0, 3)  # at 3.9 s: the prompt before was continued
         clock.now_s += 4 * 0.2
-        emulation.begin_prompt(0, 4, continued=False)
+        emulation.begin_prompt(0, 4)
     assert down_megabits(told) == [1, 1, 2, 2, 4]
 
 
 def test_the_first_prompt_begins_with_the_trace_whenever_that_is(tmp_path: Path, clock: Clock) -> None:
     with emulating(tmp_path, traced(tmp_path, dilation=1.0)) as (emulation, told):
         clock.now_s += 100
-        emulation.begin_prompt(0, 0, continued=False)  # when the nodes have joined
+        emulation.begin_prompt(0, 0)  # when the nodes have joined
         clock.now_s += 100
-        emulation.begin_prompt(0, 0, continued=False)  # when the first policy begins
+        emulation.begin_prompt(0, 0)  # when the first policy begins
         clock.now_s += 3
-        emulation.begin_prompt(0, 1, continued=False)
+        emulation.begin_prompt(0, 1)
     assert down_megabits(told) == [1, 1, 2]
 
 
@@ -309,7 +316,7 @@ def test_all_policies_meet_a_trace_as_the_first_one_did(tmp_path: Path, clock: C
     with emulating(tmp_path, traced(tmp_path, dilation=2.0)) as (emulation, told):
         for policy, real_s in enumerate((4.2, 0.1, 1000.0)):
             for prompt in range(3):
-                emulation.begin_prompt(policy, prompt, continued=False)
+                emulation.begin_prompt(policy, prompt)
                 clock.now_s += real_s
     assert down_megabits(told) == [1, 2, 4] * 3
 
@@ -336,15 +343,18 @@ class KeptLinks:
 FADING = {"distance_m": 100.0, **SLOW}, {"distance_m": 300.0, **SLOW}
 
 
-@pytest.mark.parametrize("continued", [False, True])
-def test_links_take_the_rates_that_the_prompts_channel_has_under_the_shares(tmp_path: Path, continued: bool) -> None:
+@pytest.mark.parametrize("phase", GenerationPhase)
+def test_links_take_the_rates_that_the_prompts_channel_has_under_the_shares(
+    tmp_path: Path, phase: GenerationPhase
+) -> None:
     config = config_of(*FADING, radio={"delay_s": 0.25}, emulation={"dilation": 4.0, "decode_dilation": 8.0})
     channel, share_N, links = make_channel(config), np.array([0.75, 0.25]), KeptLinks()
     assert isinstance(channel, RadioChannel)
     with emulating(tmp_path, config) as (emulation, told):
         emulation._links = links  # type: ignore[assignment]
         for prompt in (0, 1):
-            dilation = emulation.begin_prompt(0, prompt, continued=continued)
+            emulation.begin_prompt(0, prompt)
+            dilation = emulation.enter(phase)
             before = len(told)
             emulation.share_band(share_N)
             down_N, up_N = channel.shared_links(prompt, share_N)
@@ -354,10 +364,24 @@ def test_links_take_the_rates_that_the_prompts_channel_has_under_the_shares(tmp_
             assert len(told) == before, "the channel itself is as it was"
 
 
+def test_links_keep_their_shares_when_a_prompt_goes_over_to_decoding(tmp_path: Path) -> None:
+    config = config_of(*FADING, radio={"delay_s": 0.25}, emulation={"dilation": 4.0, "decode_dilation": 8.0})
+    with emulating(tmp_path, config) as (emulation, told):
+        emulation._links = links = KeptLinks()  # type: ignore[assignment]
+        emulation.begin_prompt(0, 0)
+        emulation.share_band(np.array([0.75, 0.25]))
+        emulation.enter(GenerationPhase.DECODE)
+        (prompt, *before), (same_prompt, *after) = links.set[-2:]
+        assert prompt == same_prompt == 0
+        assert [np.divide(rates, 2).tolist() for rates in before[:2]] == after[:2]
+        assert (before[2], after[2]) == (1.0, 2.0)
+        assert len(told) == 1, "the channel itself is as it was"
+
+
 def test_a_trace_knows_no_band_to_share_out(tmp_path: Path) -> None:
     with emulating(tmp_path, traced(tmp_path)) as (emulation, _):
         emulation._links = links = KeptLinks()  # type: ignore[assignment]
-        emulation.begin_prompt(0, 0, continued=False)
+        emulation.begin_prompt(0, 0)
         emulation.share_band(np.array([0.75, 0.25]))
         assert len(links.set) == 1
         assert emulation.csi is None
@@ -393,7 +417,7 @@ def test_devices_report_every_prompts_own_links_with_the_error_asked_for(tmp_pat
         assert emulation.csi is not None
         seen = []
         for policy, prompt in ((0, 0), (0, 1), (1, 0)):
-            emulation.begin_prompt(policy, prompt, continued=False)
+            emulation.begin_prompt(policy, prompt)
             seen.append(emulation.csi.air(np.ones((2, 2))).snr_hz_WN)
             np.testing.assert_array_equal(seen[-1], channel.reported_snr_hz(prompt, error_db))
         np.testing.assert_array_equal(seen[0], seen[2], "every policy is told the same")

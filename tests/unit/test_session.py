@@ -248,8 +248,7 @@ def test_the_time_that_is_steered_by_is_the_rounds_without_dilation() -> None:
     state = session.state()
     selection = session.select(routing, state)
     times = RoundTimes(1_000_000_000, last_ns=5_000_000_000)
-    kept_TK = np.ones(routing.expert_TK.shape, bool)
-    session.finish(routing, state, selection, [], kept_TK, selection.weight_TK, times)
+    session.finish(routing, state, selection, [], selection.weight_TK, times)
     assert policy.told == [(GenerationPhase.PREFILL, 0.5, 0.0)]
 
 
