@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from time import monotonic_ns
@@ -173,28 +173,33 @@ class Combiner:
     the sum has the same bits in every run.
     """
 
-    def __init__(self, blocks: Sequence[Block], weight_TK: FloatArray, out_TD: Float32) -> None:
-        self.blocks, self._weight_TK, self.out_TD = blocks, weight_TK, out_TD
+    def __init__(self, blocks: Sequence[Block], weight_TK: FloatArray, zeros: Callable[[], Float32]) -> None:
+        """`zeros` makes room for the sum: a megabyte for 64 tokens of Mixtral's."""
+        self.blocks, self._weight_TK, self._zeros = blocks, weight_TK, zeros
         self._output_of: dict[int, Output] = {}  # device -> its rows
-        self._ahead: list[Piece] | None = None  # still to add, the next one last
+        self._prepared: tuple[list[Piece], Float32] | None = None
         self.spent_ns = 0
 
-    def prepare(self) -> None:
-        """Put the pieces in their order: before the first answer, while there is nothing else to do."""
-        started_ns = monotonic_ns()
-        self._ahead = pieces(self.blocks, self._weight_TK)[::-1]
-        self.spent_ns += monotonic_ns() - started_ns
+    def prepare(self) -> tuple[list[Piece], Float32]:
+        """What is still to add, the next piece last, and to what: made while the nodes work on the first answer."""
+        if self._prepared is None:
+            started_ns = monotonic_ns()
+            self._prepared = pieces(self.blocks, self._weight_TK)[::-1], self._zeros()
+            self.spent_ns += monotonic_ns() - started_ns
+        return self._prepared
+
+    @property
+    def out_TD(self) -> Float32:
+        return self.prepare()[1]
 
     def take(self, outcome: Outcome) -> None:
         """An answered block: add what has become its turn."""
-        if self._ahead is None:
-            self.prepare()
-        started_ns = monotonic_ns()
+        (ahead, out_TD), started_ns = self.prepare(), monotonic_ns()
         if outcome.output is not None:
             self._output_of[outcome.block.device] = outcome.output
-            while self._ahead and (output := self._output_of.get(self._ahead[-1].device)) is not None:
-                piece = self._ahead.pop()
-                output.accumulate(piece.rows, piece.weight_R, piece.token_R, self.out_TD)
+            while ahead and (output := self._output_of.get(ahead[-1].device)) is not None:
+                piece = ahead.pop()
+                output.accumulate(piece.rows, piece.weight_R, piece.token_R, out_TD)
         self.spent_ns += monotonic_ns() - started_ns
 
 
@@ -221,7 +226,7 @@ def pieces(blocks: Sequence[Block], weight_TK: FloatArray) -> list[Piece]:
 def combine(outcomes: Sequence[Outcome], weight_TK: FloatArray, out_TD: Float32) -> Float32:
     """The same sum over what there is, once it is known what there is: weight_TK are then the survivors'."""
     answered = [outcome for outcome in outcomes if outcome.output is not None]
-    combiner = Combiner([outcome.block for outcome in answered], weight_TK, out_TD)
+    combiner = Combiner([outcome.block for outcome in answered], weight_TK, lambda: out_TD)
     for outcome in answered:
         combiner.take(outcome)
     return out_TD

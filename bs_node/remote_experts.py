@@ -8,6 +8,7 @@ T tokens, D hidden size, K experts chosen by the gate per token. The model itsel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic_ns
 
 import numpy as np
@@ -54,7 +55,7 @@ def remote_experts(
     times.grouped()
 
     hidden = rows_of(hidden_TD)
-    combiner = Combiner(blocks, selection.weight_TK, zeros_like(hidden))
+    combiner = Combiner(blocks, selection.weight_TK, partial(zeros_like, hidden))
     outcomes, exchange_times = session.exchange(routing, state, selection, hidden, combiner)
     times.exchanged(exchange_times)
 

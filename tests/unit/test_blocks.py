@@ -137,7 +137,7 @@ def test_adding_up_while_replies_come_is_bitwise_the_slow_sum_in_any_order_of_co
     routed: Routed, random: Any
 ) -> None:
     blocks = blocks_of(routed)
-    combiner = Combiner(blocks, routed.weight_TK, np.zeros((len(routed.expert_TK), WIDTH), np.float32))
+    combiner = Combiner(blocks, routed.weight_TK, lambda: np.zeros((len(routed.expert_TK), WIDTH), np.float32))
     outcomes = answered(routed, blocks)
     random.shuffle(outcomes)
     for outcome in outcomes:

@@ -235,7 +235,7 @@ def play(session: Session, layer: int = 2) -> NDArray[np.float32]:
     blocks = session.group(routing, selection)
     times.grouped()
     hidden_TD = np.ones((TOKENS, WIDTH), np.float32)
-    combiner = Combiner(blocks, selection.weight_TK, np.zeros_like(hidden_TD))
+    combiner = Combiner(blocks, selection.weight_TK, lambda: np.zeros_like(hidden_TD))
     outcomes, exchange_times = session.exchange(routing, state, selection, hidden_TD, combiner)
     times.exchanged(exchange_times)
     times.combined(combiner.spent_ns)
