@@ -25,7 +25,7 @@ run: $(READY)  ## eight node processes, a real MoE, top-k against WLR
 	$(BIN)/testbed run configs/local.toml
 
 test: check test-310  ## everything that must hold
-	$(BIN)/python -m pytest -q tests/unit tests/numerics
+	$(BIN)/python -m pytest -q -n auto tests/unit tests/numerics
 	$(IN_REAL_TIME) || { echo "$(BUSY)"; $(IN_REAL_TIME) --last-failed; }
 
 test-browser: $(READY)  ## reports and traces, looked at in the system's Chromium
@@ -78,10 +78,10 @@ test-310:
 	@echo "skipped: no Python 3.10 here; set PYTHON310 to test what a JetPack 6 board runs"
 else
 test-310: $(READY310)
-	.venv310/bin/python -m pytest -q tests/unit -m "not torch"
+	.venv310/bin/python -m pytest -q -n auto tests/unit -m "not torch"
 
 $(READY310): pyproject.toml constraints.txt
 	$(PYTHON310) -m venv .venv310
-	.venv310/bin/python -m pip install --quiet --constraint constraints.txt --editable . hypothesis msgpack pytest pytest-timeout scipy
+	.venv310/bin/python -m pip install --quiet --constraint constraints.txt --editable . hypothesis msgpack pytest pytest-timeout pytest-xdist scipy
 	touch $@
 endif
