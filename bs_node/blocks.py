@@ -190,6 +190,7 @@ class Combiner:
 
     @property
     def out_TD(self) -> Float32:
+        """The sum, of what has come until now."""
         return self.prepare()[1]
 
     def take(self, outcome: Outcome) -> None:
