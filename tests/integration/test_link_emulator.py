@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import zmq
+from processes import until
 
 from testbed.channel.link_emulator import LinkEmulator
 from testbed.channel.record import DOWN, UP, read_record
@@ -33,15 +34,6 @@ DEADLINE_S = 20.0
 DEVICES = ["near", "far"]
 GREETING = b"\xff" + bytes(63)
 Rows = list[dict[str, Any]]
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not (answer := condition()):
-        if time.monotonic() > deadline_s:
-            pytest.fail(f"waited {DEADLINE_S} s for {what}")
-        time.sleep(0.002)
-    return answer
 
 
 def frame(size_bytes: int) -> bytes:
@@ -223,7 +215,7 @@ def test_a_new_rate_is_in_force_for_the_next_frame_also_for_those_that_wait(benc
     bench.links.set_links(1, 1e6, 1e6)
     content = GREETING + frame(8000) * 5  # 64 ms each
     node.sendall(content)
-    until(lambda: bench.links.stats()["frames"], "the greeting to have passed")
+    until(lambda: bench.links.stats()["frames"], DEADLINE_S, "the greeting to have passed")
     bench.links.set_links(2, 1e6, 8e6)
     receive(station, len(content))
     node.sendall(frame(8000))
@@ -241,7 +233,7 @@ def test_a_receiver_that_does_not_read_stops_its_sender_and_loses_nothing(stack:
     node, station = bench.connect()
     content = random.Random(3).randbytes(24 * 2**20)  # more than the buffers of the kernel take
     thread = send(node, content)
-    until(lambda: bench.links.stats()["queued_bytes"] >= room_bytes, "a full relay")
+    until(lambda: bench.links.stats()["queued_bytes"] >= room_bytes, DEADLINE_S, "a full relay")
     assert bench.links.stats()["queued_bytes"] <= room_bytes + 65536
     assert thread.is_alive()
     assert receive(station, len(content)) == content
@@ -256,7 +248,7 @@ def test_what_was_sent_before_the_end_arrives_before_the_end(bench: Bench) -> No
         ends[closes].close()
         receive(ends[listens], 20_064)
         assert ended(ends[listens])
-    until(lambda: bench.links.stats()["open"] == 0, "both to be forgotten")
+    until(lambda: bench.links.stats()["open"] == 0, DEADLINE_S, "both to be forgotten")
 
 
 def test_a_base_station_that_is_away_ends_the_node_s_connection(bench: Bench) -> None:
@@ -265,7 +257,7 @@ def test_a_base_station_that_is_away_ends_the_node_s_connection(bench: Bench) ->
     with closing(node):
         node.settimeout(DEADLINE_S)
         assert ended(node)
-    until(lambda: bench.links.stats()["open"] == 0, "it to be forgotten")
+    until(lambda: bench.links.stats()["open"] == 0, DEADLINE_S, "it to be forgotten")
 
 
 def test_a_cut_ends_connections_and_refuses_new_ones_until_restored(bench: Bench) -> None:
@@ -291,7 +283,7 @@ def test_a_stall_keeps_connections_open_and_moves_nothing(bench: Bench) -> None:
         node.sendall(b"up")
         station.sendall(b"down")
     pairs[1][0].close()  # which nobody learns meanwhile
-    until(lambda: bench.links.stats()["queued_bytes"] == 6 * len(pairs), "the relay to have taken it all")
+    until(lambda: bench.links.stats()["queued_bytes"] == 6 * len(pairs), DEADLINE_S, "the relay to have taken it all")
     assert all(is_silent(end) for pair in pairs for end in pair if end.fileno() >= 0)
     other_node, other_station = bench.connect("far")
     other_node.sendall(b"moves")
@@ -342,14 +334,14 @@ class ZmqBench:
                 return True
             return False
 
-        until(sent, "a connection")
-        received = until(lambda: self.station.receive(10), "the message")
+        until(sent, DEADLINE_S, "a connection")
+        received = until(lambda: self.station.receive(10), DEADLINE_S, "the message")
         assert [part.bytes for part in received[1:]] == list(frames)
         return bytes(received[0].bytes)
 
     def send_down(self, node: NodeSocket, routing_id: bytes, *frames: bytes) -> None:
         self.station.socket.send_multipart([routing_id, *frames])
-        received = until(lambda: node.receive(10), "the message")
+        received = until(lambda: node.receive(10), DEADLINE_S, "the message")
         assert [part.bytes for part in received] == list(frames)
 
 
@@ -393,7 +385,11 @@ def test_a_node_comes_back_by_itself_after_a_cut(stack: ExitStack, tmp_path: Pat
     node.events(), bench.station.events()
     bench.links.cut("near")
     for end in (node, bench.station):
-        until(lambda end=end: any(e.event == zmq.EVENT_DISCONNECTED for e in end.events()), "the disconnection")
+        until(
+            lambda end=end: any(e.event == zmq.EVENT_DISCONNECTED for e in end.events()),
+            DEADLINE_S,
+            "the disconnection",
+        )
     bench.links.restore("near")
 
     def gets_through() -> bool:
@@ -402,7 +398,7 @@ def test_a_node_comes_back_by_itself_after_a_cut(stack: ExitStack, tmp_path: Pat
         received = bench.station.receive(10)
         return received is not None and received[1].bytes == b"after"
 
-    until(gets_through, "a message over a new connection")
+    until(gets_through, DEADLINE_S, "a message over a new connection")
 
 
 @pytest.mark.parametrize(
@@ -480,7 +476,7 @@ def test_ctrl_c_does_not_end_the_relay_and_sigterm_does_with_its_record(bench: B
     node, station = bench.connect()
     node.sendall(GREETING)
     assert receive(station, 64) == GREETING
-    until(lambda: bench.links.stats()["frames"] == 1, "it to be noted")
+    until(lambda: bench.links.stats()["frames"] == 1, DEADLINE_S, "it to be noted")
     os.kill(pid, signal.SIGTERM)
     bench.links._process.join(DEADLINE_S)
     assert read_record(bench.record)["bytes"].to_pylist() == [64]
@@ -514,6 +510,6 @@ def test_a_parent_killed_by_force_takes_the_relay_along(tmp_path: Path) -> None:
         told = json.loads(parent.stdout.readline())
         socket.create_connection((HOST, told["port"])).close()
         parent.kill()
-    until(lambda: not is_running(told["pid"]), "the relay's end")
+    until(lambda: not is_running(told["pid"]), DEADLINE_S, "the relay's end")
     assert read_record(record).num_rows == 0
     assert told["loaded"] == 0, "neither torch nor zmq"

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from processes import until
 
 from testbed.channel.kernel import NAMESPACES, enter, missing
 from testbed.channel.namespaces import NamespaceLinks
@@ -71,14 +72,6 @@ def receive(end: socket.socket, size_bytes: int) -> None:
         came = len(end.recv(min(size_bytes, 65536)))
         assert came, "the connection was closed"
         size_bytes -= came
-
-
-def until(found: Callable[[], Any], what: str) -> Any:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not (answer := found()):
-        assert time.monotonic() < deadline_s, f"{what}: not within {DEADLINE_S} s"
-        time.sleep(0.01)
-    return answer
 
 
 def least_s(size_bytes: int, bits_per_s: float) -> float:
@@ -292,18 +285,18 @@ def test_a_node_in_its_namespace_talks_to_the_station_under_curve_and_comes_back
     stack.callback(process.join)
     stack.callback(process.terminate)
 
-    sender, hello = until(lambda: station.receive(10), "a greeting")
+    sender, hello = until(lambda: station.receive(10), DEADLINE_S, "a greeting")
     assert hello.bytes == b"hello"
     block, began_s = os.urandom(60_000), time.monotonic()
     station.socket.send_multipart([sender.bytes, block])
-    frames = until(lambda: station.receive(10), "the echo")
+    frames = until(lambda: station.receive(10), DEADLINE_S, "the echo")
     assert frames[1].bytes == block
     assert time.monotonic() - began_s > 2 * least_s(60_000, 20e6)
 
     links.cut("near")
-    until(lambda: any(e.event == zmq.EVENT_DISCONNECTED for e in station.events()), "word of the cut")
+    until(lambda: any(e.event == zmq.EVENT_DISCONNECTED for e in station.events()), DEADLINE_S, "word of the cut")
     links.restore("near")
-    assert until(lambda: station.receive(10), "a greeting after the cut")[1].bytes == b"hello"
+    assert until(lambda: station.receive(10), DEADLINE_S, "a greeting after the cut")[1].bytes == b"hello"
 
 
 @in_kernel

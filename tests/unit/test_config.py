@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,49 +7,19 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from run_texts import DEVICE, LEAST, PLACED, TOPK, load, refusal, throttled, with_devices
 
 from testbed.config import RunConfig, load_run_file
 from testbed.config.loading import known_keys
 from testbed.errors import ConfigError
 from testbed.latency.model import expert_flop_per_row
-from testbed.paths import cache_directory, runtime_directory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LOCAL = CONFIGS / "local.toml"
-DEVICE = '[[device]]\nname = "jetson-0"\n'
-TOPK = '[[policy]]\nname = "topk"\n'
-LEAST = f'name = "small"\n{DEVICE}{TOPK}'
-PLACED = "[radio]\n[radio.placement]\n"
 SECTIONS = [
     "model", "wire", "timeouts", "workload", "on_loss", "estimator", "log", "listen", "fleet", "radio", "emulation",
     "csi", "shaping", "steering",
 ]  # fmt: skip
-
-
-def load(folder: Path, text: str, *overrides: str) -> RunConfig:
-    file = folder / "run.toml"
-    file.write_text(text)
-    return load_run_file(file, overrides)
-
-
-def with_devices(*more: str) -> str:
-    """Devices jetson-0, jetson-1, ..., each with these lines besides its name."""
-    devices = "".join(f'[[device]]\nname = "jetson-{n}"\n{lines}\n' for n, lines in enumerate(more))
-    return f'name = "small"\n{devices}{TOPK}'
-
-
-def throttled(device: str) -> str:
-    return f'[[throttle]]\ndevice = "{device}"\nfrom_prompt = 0\nuntil_prompt = 1\n'
-
-
-def refusal(folder: Path, text: str, *overrides: str) -> str:
-    """The one line that a run file is refused with, without the file's name."""
-    with pytest.raises(ConfigError) as caught:
-        load(folder, text, *overrides)
-    line = str(caught.value)
-    assert len(line.splitlines()) == 1
-    assert line.startswith(f"{folder / 'run.toml'}: ")
-    return line.removeprefix(f"{folder / 'run.toml'}: ")
 
 
 def test_the_shipped_run_file_has_eight_unequal_devices_and_four_policies() -> None:
@@ -377,114 +346,3 @@ def test_any_text_loads_or_is_refused_in_one_line(tmp_path: Path, text: str) -> 
     with pytest.raises(ConfigError) as caught:
         load_run_file(file)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_folders_follow_xdg_and_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert cache_directory() == tmp_path / "cache" / "wdmoe-testbed"
-    assert runtime_directory() == tmp_path / "wdmoe-testbed"
-    assert runtime_directory().stat().st_mode & 0o777 == 0o700
-
-
-def test_without_a_runtime_directory_a_private_temporary_one_serves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "gone"))
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    assert runtime_directory() == tmp_path / f"wdmoe-testbed-{os.getuid()}"
-    assert runtime_directory().stat().st_mode & 0o777 == 0o700
-
-
-def test_a_runtime_directory_that_others_can_open_or_that_is_a_link_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    folder = runtime_directory()
-    folder.chmod(0o755)
-    with pytest.raises(ConfigError, match="others can open it; chmod 700"):
-        runtime_directory()
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    with pytest.raises(ConfigError, match="is not a folder of this user"):
-        runtime_directory()
-
-
-# --- The band, and what policies are steered to ---
-
-
-OPTIMAL = '[[policy]]\nname = "topk"\nbandwidth = "optimal"\n'
-JOINT = '[[policy]]\nname = "joint"\nbudget = 0.05\n'
-TRACED = '[radio]\ntrace = "rates.csv"\n'
-REAL = '[[device]]\nname = "jetson-1"\naddress = "192.168.1.11"\n'
-SHAPING = '[shaping]\ninterface = "wlan0"\nbits_per_s = 100e6\n'
-
-
-def test_how_the_band_is_shared_out_is_no_parameter_of_the_policy(tmp_path: Path) -> None:
-    config = load(tmp_path, f'{LEAST}{PLACED}{OPTIMAL}period = "prompt"\n{JOINT}')
-    topk, optimal, joint = config.policies
-    assert (topk.bandwidth, topk.period, topk.params) == ("even", "block", {})
-    assert (optimal.bandwidth, optimal.period, optimal.params) == ("optimal", "prompt", {})
-    assert (joint.bandwidth, joint.params) == ("even", {"budget": 0.05})
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (LEAST + OPTIMAL, 'policy "topk": there is no band to share out; it needs a [radio] without a trace'),
-        (LEAST + PLACED + JOINT + 'bandwidth = "optimal"\n', "policy[1]: bandwidth: joint shares out the band by"),
-        (LEAST + PLACED + '[[policy]]\nname = "wlr"\nperiod = "prompt"\n', "policy[1]: period: without effect"),
-        (LEAST + TRACED + OPTIMAL, 'policy "topk": there is no band to share out; it needs a [radio] without a trace'),
-        (
-            f'{LEAST}[radio]\nmedium = "shared"\n[radio.placement]\n{OPTIMAL}',
-            "a link has the whole band while it is on",
-        ),
-        (LEAST + PLACED + OPTIMAL.replace("optimal", "optimum"), "policy[1].bandwidth: "),
-        (LEAST + PLACED + OPTIMAL + 'period = "round"\n', "policy[1].period: "),
-        (LEAST + PLACED + OPTIMAL + OPTIMAL, 'policy: "topk" stands there twice with the same parameters; remove one'),
-        (LEAST + PLACED + SHAPING, "shaping: is for real links; remove it, or [radio]"),
-        (LEAST + SHAPING, 'shaping: device "jetson-0" needs address, the IPv4 address of its board'),
-        (
-            f'name = "small"\n{REAL}{TOPK}{SHAPING}[csi]\nsource = "reported"\n',
-            'csi.source: "reported" needs a [radio]',
-        ),
-        (f'name = "small"\n{REAL}{TOPK}{SHAPING.replace("wlan0", "wlan0; rm")}', "shaping.interface: "),
-        (f'name = "small"\n{REAL}{TOPK}{SHAPING.replace("100e6", "1")}', "shaping.bits_per_s: "),
-        (
-            f'name = "small"\n{REAL.replace("192.168.1.11", "board")}{TOPK}{SHAPING}',
-            "device[0].address: must be one IPv4",
-        ),
-        (LEAST + '[csi]\nsource = "guessed"\n', "csi.source: "),
-        (LEAST + "[csi]\nerror_db = -1\n", "csi.error_db: "),
-        (LEAST + "[steering]\ntarget_ms = 0\n", "steering.target_ms: "),
-        (LEAST + "[steering]\nquality_budget = 1.5\n", "steering.quality_budget: "),
-        (LEAST + "[steering]\ntarget = 5\n", "steering.target: unknown key; did you mean"),
-    ],
-)
-def test_a_band_that_cannot_be_shared_out_is_one_line(tmp_path: Path, text: str, said: str) -> None:
-    assert said in refusal(tmp_path, text)
-
-
-@pytest.mark.parametrize("medium", ["fdd", "tdd"])
-def test_a_band_can_be_shared_out_where_links_have_parts_of_it(tmp_path: Path, medium: str) -> None:
-    radio = f'[radio]\nmedium = "{medium}"\n[radio.placement]\n'
-    assert load(tmp_path, LEAST + radio + OPTIMAL + JOINT).policies[1].bandwidth == "optimal"
-
-
-def test_rates_of_real_links_can_be_shared_out_too(tmp_path: Path) -> None:
-    config = load(tmp_path, f'name = "small"\n{REAL}{TOPK}{OPTIMAL}{JOINT}{SHAPING}')
-    assert config.shaping is not None
-    assert (config.shaping.interface, config.shaping.bits_per_s) == ("wlan0", 100e6)
-    assert config.devices[0].address == "192.168.1.11"
-
-
-def test_steering_is_wanted_where_it_has_a_goal(tmp_path: Path) -> None:
-    assert not load(tmp_path, LEAST).steering.wanted
-    steering = load(tmp_path, LEAST, "steering.target_ms=5", "steering.quality_budget=0.02").steering
-    assert (steering.target_ms, steering.quality_budget, steering.wanted) == (5.0, 0.02, True)
-
-
-def test_a_run_takes_no_notice_of_the_axes_of_a_sweep(tmp_path: Path) -> None:
-    swept = load(tmp_path, f'{LEAST}[sweep]\n"seed" = [1, 2]\n')
-    assert swept.sweep == {"seed": [1, 2]}
-    assert swept.model_copy(update={"sweep": None}) == load(tmp_path, LEAST)
